@@ -4,5 +4,7 @@
 //! Core: all. Nothing here reads a clock, allocates after construction or touches the outside.
 
 pub mod time;
+pub mod token_table;
 
 pub use time::Instant;
+pub use token_table::TokenTable;
