@@ -1,7 +1,11 @@
 //! Every bound of the program, with its reason.
 //!
-//! Memory is bounded by configuration (I9): what each bound costs in bytes is summed in
-//! [`Limits`]'s envelope and printed at start.
+//! Memory is bounded by configuration (I9): what each bound costs in bytes is summed in the
+//! [`Envelope`] and printed at start.
+
+//mod envelope;
+
+//pub use envelope::{Bound, Envelope, Kind, ModelShape, Sizes};
 
 /// All bounds that the cores work under. Built once from the configuration, then read only.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,5 +102,112 @@ impl Limits {
     /// Sequences the engine may know at once: queued (granted ones count as queued), running, parked.
     pub fn sequences_max(&self) -> u32 {
         self.queued_requests_max + self.running_max + self.parked_max
+    }
+
+    /// The relations between bounds that do not hold. All must, or some request that one bound
+    /// lets in could never pass the next.
+    pub fn broken_relations(&self) -> Vec<BrokenRelation> {
+        let at_least = |field, value: u64, than, least: u64, reason| {
+            (value < least).then_some(BrokenRelation { field, relation: "at least", than, reason })
+        };
+        let at_most = |field, value: u64, than, most: u64, reason| {
+            (value > most).then_some(BrokenRelation { field, relation: "at most", than, reason })
+        };
+        [
+            at_least(
+                "step_tokens_max",
+                self.step_tokens_max.into(),
+                "running_max",
+                self.running_max.into(),
+                "a step holds one token of every running sequence",
+            ),
+            at_most(
+                "chunk_tokens_max",
+                self.chunk_tokens_max.into(),
+                "step_tokens_max",
+                self.step_tokens_max.into(),
+                "a chunk is part of a step",
+            ),
+            at_least(
+                "queued_tokens_max",
+                self.queued_tokens_max,
+                "context_max",
+                self.context_max.into(),
+                "the queue must take the longest prompt when it is empty",
+            ),
+            at_least(
+                "queued_bytes_max",
+                self.queued_bytes_max,
+                "frame_bytes_max",
+                self.frame_bytes_max.into(),
+                "the queue must take the largest request when it is empty",
+            ),
+            at_least(
+                "ingest_bytes_max",
+                self.ingest_bytes_max,
+                "frame_bytes_max",
+                self.frame_bytes_max.into(),
+                "the largest request must be readable",
+            ),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+/// Two bounds that contradict each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BrokenRelation {
+    /// The field that is too small or too large.
+    pub field: &'static str,
+    /// "at least" or "at most".
+    pub relation: &'static str,
+    /// The field it is compared with.
+    pub than: &'static str,
+    /// Why it must be so.
+    pub reason: &'static str,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_built_in_limits_contradict_nothing() {
+        assert_eq!(Limits::default().broken_relations(), []);
+        assert_eq!(Limits::tiny().broken_relations(), []);
+    }
+
+    #[test]
+    fn every_relation_is_found_broken_on_its_own() {
+        let broken = |change: fn(&mut Limits)| {
+            let mut limits = Limits::tiny();
+            change(&mut limits);
+            let names: Vec<_> =
+                limits.broken_relations().iter().map(|b| (b.field, b.than)).collect();
+            names
+        };
+        assert_eq!(
+            broken(|l| l.running_max = l.step_tokens_max + 1),
+            [("step_tokens_max", "running_max")]
+        );
+        assert_eq!(broken(|l| l.running_max = l.step_tokens_max), []);
+        assert_eq!(
+            broken(|l| l.chunk_tokens_max = l.step_tokens_max + 1),
+            [("chunk_tokens_max", "step_tokens_max")]
+        );
+        assert_eq!(
+            broken(|l| l.queued_tokens_max = u64::from(l.context_max) - 1),
+            [("queued_tokens_max", "context_max")]
+        );
+        assert_eq!(
+            broken(|l| l.queued_bytes_max = u64::from(l.frame_bytes_max) - 1),
+            [("queued_bytes_max", "frame_bytes_max")]
+        );
+        assert_eq!(
+            broken(|l| l.ingest_bytes_max = u64::from(l.frame_bytes_max) - 1),
+            [("ingest_bytes_max", "frame_bytes_max")]
+        );
     }
 }
