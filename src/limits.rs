@@ -3,9 +3,10 @@
 //! Memory is bounded by configuration (I9): what each bound costs in bytes is summed in the
 //! [`Envelope`] and printed at start.
 
-//mod envelope;
+mod envelope;
 
-//pub use envelope::{Bound, Envelope, Kind, ModelShape, Sizes};
+use crate::message::BLOCK_POSITIONS;
+pub use envelope::{Bound, Envelope, Kind, ModelShape, Sizes, show_bytes};
 
 /// All bounds that the cores work under. Built once from the configuration, then read only.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,6 +105,30 @@ impl Limits {
         self.queued_requests_max + self.running_max + self.parked_max
     }
 
+    /// These limits on a model of `model_context` tokens with a pool of `kv_blocks` blocks: no
+    /// sequence is longer than the model was made for, nor than the whole pool holds, or it could
+    /// never end. Says what was lowered and why.
+    ///
+    /// # Errors
+    /// When not even the smallest sequence fits.
+    pub fn fitted(&self, model_context: u64, kv_blocks: u64) -> Result<Fitted, TooSmall> {
+        let pool = kv_blocks.saturating_mul(BLOCK_POSITIONS as u64);
+        let wanted = u64::from(self.context_max);
+        let context = wanted.min(model_context).min(pool);
+        // A prompt of one token and one token of output.
+        if context < 2 {
+            return Err(TooSmall { kv_blocks, model_context });
+        }
+        let mut limits = self.clone();
+        limits.context_max = u32::try_from(context).expect("at most what a u32 held");
+        let lowered = match context {
+            _ if context == wanted => None,
+            _ if context == model_context => Some(Lowered::ToModelContext),
+            _ => Some(Lowered::ToPool),
+        };
+        Ok(Fitted { limits, lowered })
+    }
+
     /// The relations between bounds that do not hold. All must, or some request that one bound
     /// lets in could never pass the next.
     pub fn broken_relations(&self) -> Vec<BrokenRelation> {
@@ -156,6 +181,37 @@ impl Limits {
     }
 }
 
+/// [`Limits`] as a model and a KV pool allow them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fitted {
+    /// With `context_max` as it is in force.
+    pub limits: Limits,
+    /// Why it is lower than it was.
+    pub lowered: Option<Lowered>,
+}
+
+/// What a sequence's length was lowered to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lowered {
+    /// The model was made for no longer ones.
+    ToModelContext,
+    /// The KV pool holds no longer ones.
+    ToPool,
+}
+
+/// The KV pool holds no sequence at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "no sequence fits: the KV pool has {kv_blocks} blocks of 64 positions and the model a context \
+     of {model_context} tokens; raise kv.pool_bytes"
+)]
+pub struct TooSmall {
+    /// Blocks in the pool.
+    pub kv_blocks: u64,
+    /// The model's context.
+    pub model_context: u64,
+}
+
 /// Two bounds that contradict each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BrokenRelation {
@@ -177,6 +233,21 @@ mod tests {
     fn the_built_in_limits_contradict_nothing() {
         assert_eq!(Limits::default().broken_relations(), []);
         assert_eq!(Limits::tiny().broken_relations(), []);
+    }
+
+    #[test]
+    fn the_context_is_the_least_of_limit_model_and_pool() {
+        let limits = Limits { context_max: 1000, ..Limits::tiny() };
+        let fitted = |model, blocks| {
+            let fitted = limits.fitted(model, blocks).unwrap();
+            (fitted.limits.context_max, fitted.lowered)
+        };
+        assert_eq!(fitted(1000, 16), (1000, None));
+        assert_eq!(fitted(999, 16), (999, Some(Lowered::ToModelContext)));
+        assert_eq!(fitted(2000, 15), (960, Some(Lowered::ToPool)));
+        assert_eq!(fitted(2000, u64::MAX), (1000, None));
+        let refused = limits.fitted(2000, 0).unwrap_err();
+        assert!(refused.to_string().contains("raise kv.pool_bytes"));
     }
 
     #[test]
