@@ -274,7 +274,7 @@ fn front_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Bound
             fronts * connections,
             sizes.connection_bytes + sizes.receive_piece_bytes,
             Kind::Reserved,
-            "connections_max, a receive piece each",
+            "each with a piece of input",
         ),
         line(
             "send buffers",
