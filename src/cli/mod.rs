@@ -3,6 +3,7 @@
 //! Core: none; each subcommand starts the cores it needs.
 
 mod args;
+mod bench;
 mod machine;
 mod models;
 pub mod pull;
