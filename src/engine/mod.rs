@@ -269,6 +269,11 @@ impl EngineCore {
         }
     }
 
+    /// Whether every front core is gone: nobody is left to serve.
+    pub fn is_deserted(&self) -> bool {
+        self.fronts.iter().all(|front| front.departed)
+    }
+
     /// Whether the device was lost: the engine refuses everything from then on.
     pub fn device_lost(&self) -> bool {
         self.device.lost
