@@ -34,6 +34,7 @@ mod scheduler;
 mod sequence;
 pub mod stats;
 pub mod stop;
+pub mod task;
 
 use std::collections::VecDeque;
 use std::sync::Arc;

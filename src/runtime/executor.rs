@@ -26,6 +26,7 @@ use super::poll_ring::{self, PollRing};
 use super::stall::{self, Pulse};
 use super::{Flavour, clock, sched};
 use crate::base::Instant;
+use crate::ring::Doorbell;
 
 /// Registered buffers of a glommio executor, its minimum. They count against `RLIMIT_MEMLOCK`,
 /// where an ordinary user has 8 MiB, three times over; glommio's default of 10 MiB does not fit.
@@ -277,6 +278,31 @@ impl Local {
             Place::Glommio { polls } => poll_ring::Readable::new(polls.clone(), fd).await,
             Place::Epoll { on, .. } => epoll_loop::Readable::new(on.clone(), fd).await,
         }
+    }
+
+    /// Resolves when the bell was rung, or at `timeout`.
+    pub async fn wait(&self, bell: &Doorbell, timeout: Option<Instant>) {
+        match timeout {
+            Some(at) => futures_lite::future::or(bell.rung(), self.sleep_until(at)).await,
+            None => bell.rung().await,
+        }
+    }
+
+    /// As [`Local::wait`], or when the descriptor is readable.
+    ///
+    /// # Errors
+    /// The kernel's, about the descriptor.
+    pub async fn wait_or_readable(
+        &self,
+        bell: &Doorbell,
+        timeout: Option<Instant>,
+        fd: RawFd,
+    ) -> io::Result<()> {
+        let waited = async {
+            self.wait(bell, timeout).await;
+            Ok(())
+        };
+        futures_lite::future::or(waited, self.readable(fd)).await
     }
 
     /// Lets the other tasks run.

@@ -10,6 +10,7 @@
 pub mod clock;
 mod epoll_loop;
 pub mod executor;
+pub mod lifecycle;
 mod poll_ring;
 pub mod probe;
 pub mod recorder;
@@ -19,6 +20,7 @@ pub mod stall;
 pub mod topology;
 
 pub use clock::now;
+pub use lifecycle::Lifecycle;
 pub use executor::{ExecutorHandle, Local, start_executor};
 pub use probe::{Probe, probe};
 

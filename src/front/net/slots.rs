@@ -1,14 +1,6 @@
 //! A table of fixed capacity whose places are used again, with ids that a late user cannot confuse.
 
-/// Names one connection of one [`super::Net`]. After that connection's `Closed` event the id is
-/// dead: every call with it is refused, also when its place has a new owner.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ConnId {
-    /// Place in the table, below `connections_max`: fit to index a parallel table of one's own.
-    pub slot: u32,
-    /// Counts reuses of the place (24 bits, wrapping).
-    pub generation: u32,
-}
+pub use crate::front::ConnId;
 
 /// 24 bits: with slot (32) and kind of operation (8) a generation fits the 64 bits that io_uring
 /// hands back with a completion.
