@@ -14,8 +14,12 @@ use serde::Deserialize;
 struct Vectors {
     reference: String,
     texts: Vec<(String, Vec<u32>)>,
-    conversations: Vec<(Vec<(String, String)>, Vec<u32>)>,
+    conversations: Vec<Conversation>,
 }
+
+/// (role, content) of each message, and the tokens of the whole.
+#[derive(Deserialize)]
+struct Conversation(Vec<(String, String)>, Vec<u32>);
 
 struct Loaded {
     tokenizer: Tokenizer,
@@ -59,7 +63,7 @@ fn a_thousand_strings_get_the_reference_tokens() {
 #[test]
 fn conversations_get_the_reference_tokens() {
     let Loaded { tokenizer, template } = &*LOADED;
-    for (conversation, expected) in vectors().conversations {
+    for Conversation(conversation, expected) in vectors().conversations {
         let messages: Vec<Message<'_>> =
             conversation.iter().map(|(role, content)| Message { role, content }).collect();
         let prompt = template.render(tokenizer, &messages, true).expect("renders");
