@@ -3,6 +3,14 @@
 //!
 //! Core: all. Nothing here reads a clock, allocates after construction or touches the outside.
 
+pub mod fixed;
+pub mod prng;
+pub mod slab;
 pub mod time;
+pub mod token_table;
 
-pub use time::Instant;
+pub use fixed::{FixedDeque, FixedVec};
+pub use prng::{Prng, Ratio};
+pub use slab::{Slab, SlabKey};
+pub use time::{Clock, Instant, ManualClock};
+pub use token_table::TokenTable;

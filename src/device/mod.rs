@@ -4,6 +4,10 @@
 //! ([`crate::message::Step`]), never one operation: a backend is free to fuse and order as it likes.
 
 pub mod cpu;
+mod pump;
+pub mod task;
+
+pub use pump::DeviceCore;
 
 use crate::message::Step;
 
