@@ -1,6 +1,5 @@
 //! A tokenizer from a model's metadata.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use aho_corasick::{AhoCorasick, MatchKind};
@@ -23,7 +22,10 @@ const MERGES: &str = "tokenizer.ggml.merges";
 const SCORES: &str = "tokenizer.ggml.scores";
 
 /// Longest vocabulary entry: the longest in use are runs of some hundred spaces.
-const TOKEN_BYTES_MAX: usize = 4096;
+const TOKEN_BYTES_MAX: usize = 1024;
+/// Ways to put an entry of a SentencePiece vocabulary together, on average: about 2 in those of
+/// Llama and Gemma. Without a bound, a small file could ask for gigabytes of them.
+const WAYS_PER_PIECE_MAX: usize = 8;
 /// Words whose tokens the crate remembers, per thread: some 10,000 words make up nearly all of a
 /// language's running text, and at most 256 bytes each make 5 MB at the very worst.
 const WORDS_REMEMBERED: usize = 10_000;
@@ -270,14 +272,21 @@ fn sentence_pieces(
     let mut pieces: Vec<(TokenId, &str)> = normal().map(|(id, piece, _)| (id, piece)).collect();
     pieces.sort_by(|a, b| scores[b.0 as usize].total_cmp(&scores[a.0 as usize]));
     let mut merges = Vec::new();
-    let mut seen = BTreeSet::new();
     for (_, piece) in pieces {
-        for (at, _) in piece.char_indices().skip(1) {
-            let (left, right) = piece.split_at(at);
-            let is_known = vocab.contains_key(left) && vocab.contains_key(right);
-            if is_known && seen.insert((left, right)) {
-                merges.push((left.to_owned(), right.to_owned()));
-            }
+        let splits = piece.char_indices().skip(1).map(|(at, _)| piece.split_at(at));
+        let mut splits: Vec<(TokenId, TokenId, &str, &str)> = splits
+            .filter_map(|(left, right)| Some((*vocab.get(left)?, *vocab.get(right)?, left, right)))
+            .collect();
+        // Of several ways to make a piece, the one of lower ids goes first, as in Hugging Face's
+        // conversion of such vocabularies.
+        splits.sort_unstable();
+        let splits = splits.into_iter();
+        merges.extend(splits.map(|(_, _, left, right)| (left.to_owned(), right.to_owned())));
+        let merges_max = vocabulary.tokens.len() * WAYS_PER_PIECE_MAX;
+        if merges.len() > merges_max {
+            let what = "the number of ways to put the vocabulary's pieces together".into();
+            let (found, max) = (merges.len() as u64, merges_max as u64);
+            return Err(GgufError::TooLarge { what, found, max }.into());
         }
     }
     let bpe = BPE::builder()
