@@ -26,9 +26,13 @@ const TOKEN_BYTES_MAX: usize = 1024;
 /// Ways to put an entry of a SentencePiece vocabulary together, on average: about 2 in those of
 /// Llama and Gemma. Without a bound, a small file could ask for gigabytes of them.
 const WAYS_PER_PIECE_MAX: usize = 8;
-/// Words whose tokens the crate remembers, per thread: some 10,000 words make up nearly all of a
-/// language's running text, and at most 256 bytes each make 5 MB at the very worst.
-const WORDS_REMEMBERED: usize = 10_000;
+/// Control and user-defined tokens are searched for with an automaton whose memory is some 50
+/// times their text; a few hundred of them, some KB, is usual.
+const MARKER_BYTES_MAX: usize = 1 << 20;
+/// Words whose tokens the crate remembers, per thread; it never forgets one. A language's 4,000
+/// most frequent words are most of its running text and take 1 MB. A client that sends odd words
+/// of 255 bytes can make it 33 MB, and no more.
+const WORDS_REMEMBERED: usize = 4_096;
 
 /// Control tokens that end an answer wherever they are in a vocabulary: files often name one of
 /// them where the model uses several.
@@ -121,6 +125,11 @@ impl<'a> Vocabulary<'a> {
         }
         if texts.is_empty() {
             return Ok(None);
+        }
+        let bytes = texts.iter().map(|text| text.len() as u64).sum();
+        if bytes > MARKER_BYTES_MAX as u64 {
+            let what = "the length of all control and user-defined tokens together".into();
+            return Err(GgufError::TooLarge { what, found: bytes, max: MARKER_BYTES_MAX as u64 });
         }
         let search = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(texts);
         let search = search.map_err(|error| {
