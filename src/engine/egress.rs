@@ -265,7 +265,8 @@ fn write_logprobs(batch: &mut EventBatch, sequence: &mut Sequence, limit: usize)
     count
 }
 
-/// Copies up to `limit` bytes of the sequence's text, token by token, from where it was left.
+/// Copies up to `limit` bytes of the sequence's text, token by token, from where it was left: the
+/// text of tokens that were sent, no more, since text may lag its tokens and never run ahead.
 fn write_text(
     batch: &mut EventBatch,
     sequence: &mut Sequence,
@@ -275,7 +276,7 @@ fn write_text(
     let limit = limit.min(room(&batch.text));
     let egress = &mut sequence.egress;
     let mut written = 0;
-    while written < limit {
+    while written < limit && egress.cursor_token < egress.tokens_sent {
         let at = (sequence.prompt_tokens + egress.cursor_token) as usize;
         let left = &table.bytes(sequence.tokens[at])[egress.cursor_bytes as usize..];
         let count = left.len().min(limit - written);

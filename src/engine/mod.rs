@@ -45,6 +45,8 @@ use crate::limits::Limits;
 use crate::message::{BLOCK_POSITIONS, SeqKey, Step, StreamKey};
 use crate::request::{FinishReason, RejectReason};
 
+pub use check::Census;
+
 use blocks::BlockPool;
 use egress::FrontLink;
 use ledger::{DrainMeter, Ledger};
