@@ -5,7 +5,7 @@ use crate::base::Instant;
 use crate::message::EVENT_BATCHES;
 
 use super::EngineCore;
-use super::scheduler::PREEMPTIONS_MAX;
+use super::reclaim::PREEMPTIONS_MAX;
 use super::sequence::{Sequence, State};
 
 /// What the engine holds of what circulates between the cores.

@@ -2,7 +2,7 @@
 //! for itself that each plan keeps its contract.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
 
 use forebay::base::{Instant, Prng};
@@ -23,6 +23,12 @@ struct Kv {
     link: u64,
 }
 
+struct InFlight {
+    done: Instant,
+    busy_ns: u64,
+    step: Box<Step>,
+}
+
 struct Slot {
     seq: SeqKey,
     sampling: SamplingParams,
@@ -37,9 +43,13 @@ pub struct Device {
     prng: Prng,
     blocks: Vec<[Option<Kv>; BLOCK_POSITIONS]>,
     slots: Vec<Option<Slot>>,
-    in_flight: VecDeque<(Instant, Box<Step>)>,
+    /// When each will be done, and how long it takes.
+    in_flight: VecDeque<InFlight>,
     last_number: u64,
     lost: bool,
+    /// Sequences of a step that failed: what later steps in flight do with them is nonsense, and
+    /// nobody may care.
+    spoilt: BTreeSet<SeqKey>,
     /// The first breach of contract.
     pub breach: Option<String>,
     pub steps_run: u64,
@@ -96,6 +106,7 @@ impl Device {
             in_flight: VecDeque::new(),
             last_number: 0,
             lost: false,
+            spoilt: BTreeSet::new(),
             breach: None,
             steps_run: 0,
         }
@@ -103,7 +114,7 @@ impl Device {
 
     /// When the oldest step in flight is done.
     pub fn next_timeout(&self) -> Option<Instant> {
-        self.in_flight.front().map(|(done, _)| *done)
+        self.in_flight.front().map(|first| first.done)
     }
 
     fn submit(&mut self, step: Box<Step>) {
@@ -116,22 +127,24 @@ impl Device {
         if self.faults && self.prng.chance(self.options.step_spike) {
             busy_us *= 100;
         }
-        let begin = self.in_flight.back().map_or(self.now, |(done, _)| *done);
-        self.in_flight.push_back((begin.plus_ns(1 + 1_000 * busy_us), step));
+        let begin = self.in_flight.back().map_or(self.now, |last| last.done.max(self.now));
+        let busy_ns = 1 + 1_000 * busy_us;
+        self.in_flight.push_back(InFlight { done: begin.plus_ns(busy_ns), busy_ns, step });
     }
 
     fn poll(&mut self) -> Option<Box<Step>> {
-        if self.in_flight.front()?.0 > self.now {
+        if self.in_flight.front()?.done > self.now {
             return None;
         }
-        let (_, mut step) = self.in_flight.pop_front()?;
+        let InFlight { busy_ns, mut step, .. } = self.in_flight.pop_front()?;
         self.steps_run += 1;
         self.lost |= self.faults && self.prng.chance(self.options.device_lost);
-        step.result.elapsed_ns = 1;
+        step.result.elapsed_ns = busy_ns;
         if self.lost {
             step.result.failure = Some(StepFailure::DeviceLost);
         } else if self.faults && self.prng.chance(self.options.step_invalid) {
             step.result.failure = Some(StepFailure::InvalidPlan);
+            self.spoilt.extend(step.plan.rows.iter().map(|row| row.seq));
         } else if let Err(breach) = self.run(&mut step) {
             let number = step.plan.number;
             self.breach.get_or_insert(format!("step {number}: {breach}"));
@@ -177,7 +190,7 @@ impl Device {
             if written[..at].iter().any(|&(other, _)| other == block) {
                 return Err(format!("block {block} is written by two rows"));
             }
-            let before = self.in_flight.iter().flat_map(|(_, step)| named(&step.plan));
+            let before = self.in_flight.iter().flat_map(|first| named(&first.step.plan));
             if before.into_iter().any(|(other, its)| other == block && its != seq) {
                 return Err(format!("block {block} of {seq:?} is still another's in flight"));
             }
@@ -194,6 +207,11 @@ impl Device {
             self.slots[usize::from(setup.slot)] = Some(Slot { seq: setup.seq, sampling, history });
         }
         for row in &plan.rows {
+            if self.spoilt.contains(&row.seq) {
+                let nonsense = Sampled { seq: row.seq, token: 2, logprob: 0.0, top_count: 0 };
+                result.sampled.extend(row.sample.then_some(nonsense));
+                continue;
+            }
             let link = self.run_row(plan, row)?;
             let slot = self.slots[usize::from(row.slot)].as_mut();
             let Some(slot) = slot.filter(|slot| slot.seq == row.seq) else {
@@ -206,7 +224,8 @@ impl Device {
             let token = model::next_token(link, seen, &slot.sampling);
             slot.history.push(token);
             let top_count = slot.sampling.logprobs.unwrap_or(0);
-            let logprob = if slot.sampling.logprobs.is_some() { model::logprob(token) } else { 0.0 };
+            let logprob =
+                if slot.sampling.logprobs.is_some() { model::logprob(token) } else { 0.0 };
             result.top.extend(model::alternatives(token, top_count));
             result.sampled.push(Sampled { seq: row.seq, token, logprob, top_count });
         }
@@ -227,7 +246,9 @@ impl Device {
             match self.blocks[block][within] {
                 Some(kv) if kv.seq == row.seq && kv.position == position => link = kv.link,
                 other => {
-                    return Err(format!("{row:?}: position {position} in block {block}: {other:?}"));
+                    return Err(format!(
+                        "{row:?}: position {position} in block {block}: {other:?}"
+                    ));
                 }
             }
         }

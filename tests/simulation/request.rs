@@ -132,6 +132,9 @@ pub struct Request {
     paused: bool,
     tokens: Vec<TokenId>,
     text: Vec<u8>,
+    /// It was given text that the whole answer has not: what was held back for a stop string is
+    /// let out when an answer ends before its time.
+    text_overrun: bool,
     /// Credit given in all, the first window included.
     pub credit_given: u32,
     /// Credit to give with the next message.
@@ -157,6 +160,7 @@ impl Request {
             paused: false,
             tokens: Vec::new(),
             text: Vec::new(),
+            text_overrun: false,
             credit_due: 0,
             unread: VecDeque::new(),
             unread_free_at: Instant::ZERO,
@@ -299,16 +303,18 @@ impl Request {
         if !self.plan.answer.tokens.starts_with(&self.tokens) {
             return Err(format!("token {} is not the model's", self.tokens.len() - 1));
         }
-        if !self.plan.answer.text.starts_with(&self.text) {
-            return Err("the text is not the model's".into());
+        if self.text_overrun {
+            return Err("output after what was held back for a stop string".into());
         }
         if self.tokens.len() as u32 > self.credit_given {
             return Err(format!("more tokens than the {} credits given", self.credit_given));
         }
-        let whole: usize = self.tokens.iter().map(|&token| table.bytes(token).len()).sum();
-        if self.text.len() > whole {
-            return Err("more text than tokens".into());
+        let bytes = |&token: &TokenId| table.bytes(token).iter().copied();
+        let whole: Vec<u8> = self.tokens.iter().flat_map(bytes).collect();
+        if !whole.starts_with(&self.text) {
+            return Err("the text is not the tokens'".into());
         }
+        self.text_overrun = !self.plan.answer.text.starts_with(&self.text);
         for _ in 0..token_count {
             self.unread_free_at = self.unread_free_at.max(now).plus_ns(self.plan.read_ns);
             self.unread.push_back(self.unread_free_at);

@@ -148,7 +148,10 @@ impl World {
             request.plan.question.prompt.len() as u64 + request.plan.answer.tokens.len() as u64
         });
         let work_ms = work.sum::<u64>() * 3 * (10 + 2 * self.options.step_us) / 1_000;
-        let waits_ms = limits.queue_ttl_ms + limits.stall_timeout_ms + 60_000;
+        let reads = self.fronts.iter().flat_map(|front| &front.requests).map(|request| {
+            request.plan.read_ns * request.plan.answer.tokens.len() as u64 / 1_000_000
+        });
+        let waits_ms = reads.sum::<u64>() + limits.queue_ttl_ms + limits.stall_timeout_ms + 60_000;
         let bound = self.calm_at.plus_ms(work_ms + waits_ms);
         for _ in 0..MOVES_MAX {
             self.handle_fate();
@@ -259,7 +262,17 @@ impl World {
         if stats.steps_in_flight > 0 {
             return Ok(());
         }
-        if stats.running + stats.waiting > 0 {
+        if stats.running > 0 {
+            return Err("the device is idle, and there is a batch".into());
+        }
+        if self.engine.blocked_until().is_some() {
+            // A parked sequence keeps its blocks for a while; somebody waits for them.
+            return match stats.parked {
+                0 => Err("blocks are kept for nobody".into()),
+                _ => Ok(()),
+            };
+        }
+        if stats.waiting > 0 {
             return Err("the device is idle, and sequences with credit do not run".into());
         }
         let limits = &self.options.limits;
