@@ -27,7 +27,12 @@ mod world;
 use std::time::Instant;
 
 /// Seeds that once found something; each with what it was.
-const REGRESSIONS: &[(u64, &str)] = &[];
+const REGRESSIONS: &[(u64, &str)] = &[
+    (0, "text ran ahead of its tokens when a batch had no room for them"),
+    (38, "with a window of one token, every token cost a recomputed prompt"),
+    (68, "a front core slow to take its batches made its clients look stalled"),
+    (4752, "a lost device left a wake-up behind that nobody took care of"),
+];
 
 fn number(name: &str, default: u64) -> u64 {
     match std::env::var(name) {
