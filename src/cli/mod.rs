@@ -3,8 +3,11 @@
 //! Core: none; each subcommand starts the cores it needs.
 
 mod args;
+mod bench;
+mod machine;
 mod models;
 pub mod pull;
+mod settings;
 
 use std::process::ExitCode;
 
@@ -68,8 +71,15 @@ fn run(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Some(Command::Pull(args)) => models::pull(&args),
         Some(Command::Models(args)) => models::list(&args),
+        Some(Command::Check(args)) => check(&args),
         None => Err(Failure::Runtime("nothing to serve with yet".into())),
     }
+}
+
+fn check(args: &args::Check) -> Result<(), Failure> {
+    let file = args.file.as_deref().or(args.settings.config.as_deref());
+    let loaded = settings::load_from(file, &args.settings)?;
+    models::print(loaded.to_toml().trim_end())
 }
 
 /// Logs go to standard error as text, so that standard output is the program's answer alone.

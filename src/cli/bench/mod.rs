@@ -1,0 +1,5 @@
+//! `forebay bench`: a load generator over the native protocol.
+
+mod report;
+mod tally;
+mod workload;
