@@ -12,11 +12,14 @@ use forebay::message::{
 };
 use forebay::request::{FinishReason, Name, RejectReason};
 
+use crate::options::Options;
 use crate::request::{Cursor, End, Plan, Request};
+use crate::side::Side;
+use crate::world::Seen;
 
 pub struct Front {
-    pub number: u8,
-    pub requests: Vec<Request>,
+    number: u8,
+    requests: Vec<Request>,
     ends: FrontEnds,
     limits: Limits,
     context: u32,
@@ -25,83 +28,52 @@ pub struct Front {
     batch_held_us: u64,
     held: VecDeque<(Instant, Box<EventBatch>)>,
     asks_unanswered: u32,
-    pub faults: bool,
+    faults: bool,
 }
 
 impl Front {
     pub fn new(
         number: u8,
         ends: FrontEnds,
-        limits: &Limits,
+        options: &Options,
         context: u32,
         table: &Arc<TokenTable>,
         prng: Prng,
-        batch_held_us: u64,
+        plans: Vec<Plan>,
     ) -> Front {
+        let key = |slot| StreamKey { front: number, slot, generation: slot ^ 0x55 };
+        let requests = (0..).zip(plans).map(|(slot, plan)| Request::new(plan, key(slot)));
         Front {
             number,
-            requests: Vec::new(),
+            requests: requests.collect(),
             ends,
-            limits: limits.clone(),
+            limits: options.limits.clone(),
             context,
             table: Arc::clone(table),
             prng,
-            batch_held_us,
+            batch_held_us: options.batch_held_us,
             held: VecDeque::new(),
             asks_unanswered: 0,
             faults: true,
         }
     }
 
-    pub fn add(&mut self, plan: Plan) {
-        let slot = self.requests.len() as u32;
-        let key = StreamKey { front: self.number, slot, generation: slot ^ 0x55 };
-        self.requests.push(Request::new(plan, key));
-    }
-
-    /// Lets go of every batch it sits on. What is left of it can then be counted.
-    pub fn batches_held(&self) -> usize {
-        self.held.len()
-    }
-
-    pub fn ends_mut(&mut self) -> &mut FrontEnds {
-        &mut self.ends
-    }
-
-    pub fn is_over(&self) -> bool {
-        self.requests.iter().all(Request::is_over)
-    }
-
-    pub fn tick(&mut self, now: Instant) -> Result<bool, String> {
-        let mut busy = self.receive(now)?;
-        busy |= self.give_back(now);
-        for at in 0..self.requests.len() {
-            busy |= self.advance(at, now);
-        }
-        if busy {
-            self.ends.engine_bell.ring();
-        }
-        Ok(busy)
-    }
-
-    /// When it has something to do by itself. What is due already waits for the engine: for an
-    /// answer, or for room on a ring.
-    pub fn next_timeout(&self, now: Instant) -> Option<Instant> {
-        let held = self.held.front().map(|(until, _)| *until);
-        let requests = self.requests.iter().filter(|request| !request.is_over());
-        let of_request = |request: &Request| {
-            let ask = request.asked_at.is_none().then_some(request.plan.at);
-            let submit = match request.granted {
-                Some((_, at)) if request.plan.submits && !request.submitted => {
-                    Some(at.plus_ns(request.plan.tokenise_ns))
-                }
-                _ => None,
-            };
-            let cancel = request.cancel_at().filter(|_| !request.cancelled);
-            let read = request.next_read(self.faults);
-            [ask, submit, cancel, read].into_iter().flatten().filter(|at| *at > now).min()
-        };
-        requests.filter_map(of_request).chain(held).filter(|at| *at > now).min()
+    fn lines(&self) -> impl Iterator<Item = String> {
+        self.requests.iter().filter(|request| !request.is_over()).map(|request| {
+            format!(
+                "front {}: stream {} asked {:?} granted {:?} submitted {} cancelled {} tokens {} \
+                 credit given {} paused {:?}",
+                self.number,
+                request.key.slot,
+                request.asked_at.map(Instant::as_ns),
+                request.granted.map(|(seq, _)| seq),
+                request.submitted,
+                request.cancelled,
+                request.output_tokens(),
+                request.credit_given,
+                request.paused_at.map(Instant::as_ns),
+            )
+        })
     }
 
     fn receive(&mut self, now: Instant) -> Result<bool, String> {
@@ -241,6 +213,84 @@ impl Front {
         assert!(sent.is_ok(), "there was a credit");
         request.submitted = true;
         true
+    }
+}
+
+impl Side for Front {
+    fn tick(&mut self, now: Instant) -> Result<bool, String> {
+        let mut busy = self.receive(now)?;
+        busy |= self.give_back(now);
+        for at in 0..self.requests.len() {
+            busy |= self.advance(at, now);
+        }
+        if busy {
+            self.ends.engine_bell.ring();
+        }
+        Ok(busy)
+    }
+
+    /// What is due already waits for the engine: for an answer, or for room on a ring.
+    fn next_timeout(&self, now: Instant) -> Option<Instant> {
+        let held = self.held.front().map(|(until, _)| *until);
+        let requests = self.requests.iter().filter(|request| !request.is_over());
+        let of_request = |request: &Request| {
+            let ask = request.asked_at.is_none().then_some(request.plan.at);
+            let submit = match request.granted {
+                Some((_, at)) if request.plan.submits && !request.submitted => {
+                    Some(at.plus_ns(request.plan.tokenise_ns))
+                }
+                _ => None,
+            };
+            let cancel = request.cancel_at().filter(|_| !request.cancelled);
+            let read = request.next_read(self.faults);
+            [ask, submit, cancel, read].into_iter().flatten().filter(|at| *at > now).min()
+        };
+        requests.filter_map(of_request).chain(held).filter(|at| *at > now).min()
+    }
+
+    fn become_calm(&mut self) {
+        self.faults = false;
+    }
+
+    /// Clients are told nothing: the engine refuses and ends what it must.
+    fn begin_drain(&mut self, _now: Instant, _until: Instant) {}
+
+    fn is_over(&self) -> bool {
+        self.requests.iter().all(Request::is_over)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.is_over()
+    }
+
+    fn batches_held(&self) -> usize {
+        self.held.len()
+    }
+
+    fn check_links(&mut self, batches_idle: usize) -> Result<(), String> {
+        let here = batches_idle + self.held.len() + self.ends.events.len();
+        // Batches on their way back are in the control ring, with other messages.
+        let control = self.ends.control.capacity() - self.ends.control.free();
+        if here > EVENT_BATCHES || here + control < EVENT_BATCHES {
+            return Err(format!("front {}: not {EVENT_BATCHES} batches (I1)", self.number));
+        }
+        Ok(())
+    }
+
+    fn work(&self) -> (u64, u64) {
+        self.requests.iter().fold((0, 0), |(tokens, read_ms), request| {
+            let Plan { question, answer, read_ns, .. } = &request.plan;
+            let output = answer.tokens.len() as u64;
+            (tokens + question.prompt.len() as u64 + output, read_ms + read_ns * output / 1_000_000)
+        })
+    }
+
+    fn count(&self, seen: &mut Seen) {
+        self.requests.iter().filter_map(|request| request.end).for_each(|end| seen.count(end));
+    }
+
+    fn pending(&self) -> Vec<String> {
+        self.lines().collect()
     }
 }
 

