@@ -213,6 +213,8 @@ impl EngineCore {
             if !may_try {
                 at += 1;
             } else if self.hold_blocks(index, target, Claim::Waiting, now) {
+                let reserved = self.sequences[index].preemptions >= PREEMPTIONS_MAX;
+                self.counters.reservations += u64::from(reserved);
                 self.batch.remove_waiting(index, &self.sequences);
                 self.seat(index);
                 self.plan_row(plan, index);

@@ -339,7 +339,7 @@ impl Client {
                 ClientFrame::Credit { stream: number, tokens }.encode(&mut out);
             }
         }
-        if self.prng.below(64) == 0 {
+        if !out.is_empty() && self.prng.below(16) == 0 {
             ClientFrame::Ping(7).encode(&mut out);
         }
         self.outbox.extend(out);

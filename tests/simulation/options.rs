@@ -61,7 +61,7 @@ impl Options {
         let p = &mut prng;
         let limits = draw_limits(p);
         let pool = if p.chance(Ratio::percent(30)) { p.between(1, 4) } else { p.between(4, 30) };
-        Options {
+        let mut options = Options {
             seed,
             fronts: [1, 1, 2, 3][p.index(4)],
             depth: [1, 1, 2, 3][p.index(4)],
@@ -100,7 +100,21 @@ impl Options {
             front_lost: p.chance(Ratio::percent(5)),
             drain_early: p.chance(Ratio::percent(10)),
             limits,
+        };
+        // Blocks run out in the middle of a decode only when many read fast and want much.
+        if p.chance(Ratio::percent(20)) {
+            options.limits.stream_window_tokens_max = 300;
+            options.slow_reader = Ratio::NEVER;
+            options.stalled_reader = Ratio::NEVER;
+            options.end_rarity = 0;
+            options.output_max = 400;
+            options.output_omitted = Ratio::percent(50);
+            options.kv_blocks = p.between(4, 10) as u32;
+            options.prompt_max = 60;
+            options.step_us = options.step_us.min(200);
+            options.arrival_us = options.arrival_us.min(500);
         }
+        options
     }
 }
 

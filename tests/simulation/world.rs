@@ -31,7 +31,7 @@ pub struct Seen {
     pub finished: [u64; forebay::engine::stats::FINISH_REASONS],
     pub rejected: [u64; forebay::engine::stats::REJECT_REASONS],
     pub preemptions: u64,
-    pub second_preemptions: u64,
+    pub reservations: u64,
     pub kv_drops: u64,
     pub parks: u64,
     pub resumes: u64,
@@ -51,7 +51,7 @@ impl Seen {
         self.steps += other.steps;
         self.tokens += other.tokens;
         self.preemptions += other.preemptions;
-        self.second_preemptions += other.second_preemptions;
+        self.reservations += other.reservations;
         self.kv_drops += other.kv_drops;
         self.parks += other.parks;
         self.resumes += other.resumes;
@@ -76,7 +76,6 @@ pub struct World {
     calm: bool,
     drain_at: Option<Instant>,
     front_dies_at: Option<Instant>,
-    second_preemptions: u64,
 }
 
 /// Who stands on the engine's front side.
@@ -164,7 +163,6 @@ impl World {
             calm: false,
             drain_at,
             front_dies_at,
-            second_preemptions: 0,
             prng,
             options,
         }
@@ -355,7 +353,7 @@ impl World {
             steps: stats.counters.steps,
             tokens: stats.counters.tokens_out,
             preemptions: stats.counters.preemptions,
-            second_preemptions: self.second_preemptions,
+            reservations: stats.counters.reservations,
             kv_drops: stats.counters.kv_drops,
             parks: stats.counters.parks,
             resumes: stats.counters.resumes,
