@@ -265,7 +265,9 @@ impl EngineCore {
             Drain::Until(deadline) => deadline,
             Drain::Off | Drain::Over => Instant::NEVER,
         };
-        let next = self.expiry.min(drain).min(self.blocked_until().unwrap_or(Instant::NEVER));
+        // What it was set for may be gone; when everybody is, that is known for nothing.
+        let expiry = if self.sequences.len() == 0 { Instant::NEVER } else { self.expiry };
+        let next = expiry.min(drain).min(self.blocked_until().unwrap_or(Instant::NEVER));
         (next != Instant::NEVER).then_some(next)
     }
 

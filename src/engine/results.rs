@@ -137,7 +137,7 @@ impl EngineCore {
     /// go elsewhere, and nobody comes in any more.
     pub(super) fn lose_device(&mut self, now: Instant) {
         self.device.lost = true;
-        self.blocked_until = Instant::NEVER;
+        (self.blocked_until, self.expiry) = (Instant::NEVER, Instant::NEVER);
         for index in 0..self.sequences.capacity() as u32 {
             match self.sequences[index].state {
                 State::Free | State::Ended => {}

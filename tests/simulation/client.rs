@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 
 use forebay::base::{Instant, Prng};
 use forebay::protocol::{
-    Capabilities, ClientFrame, Decoder, Hello, LogprobList, Piece, Request, RequestPrompt,
-    ServerFrame, Side, TokensFrame, encode_request,
+    Capabilities, ClientFrame, Decoder, ErrorCode, Hello, LogprobList, Piece, Request,
+    RequestPrompt, ServerFrame, Side, TokensFrame, encode_request,
 };
 use forebay::request::{FinishReason, RejectReason, TokenId, Usage};
 
@@ -402,6 +402,9 @@ impl Client {
             }
             ServerFrame::Error { code, message, .. } => {
                 self.error = Some(code);
+                // Who has nothing open and says nothing for long has to go.
+                let idle = self.asked.iter().all(|a| a.number.is_none() || a.end.is_some());
+                self.going_away |= idle && code == ErrorCode::IdleTimeout as u16;
                 return match self.may_be_closed() {
                     true => Ok(()),
                     false => Err(format!("ERROR {code} to a well-behaved client: {message}")),

@@ -42,7 +42,9 @@ impl Front {
         plans: Vec<Plan>,
     ) -> Front {
         let key = |slot| StreamKey { front: number, slot, generation: slot ^ 0x55 };
-        let requests = (0..).zip(plans).map(|(slot, plan)| Request::new(plan, key(slot)));
+        let requests = (0..)
+            .zip(plans)
+            .map(|(slot, plan)| Request::new(plan, key(slot), options.limits.stall_timeout_ms));
         Front {
             number,
             requests: requests.collect(),
@@ -145,6 +147,7 @@ impl Front {
         if request.credit_due > 0 {
             let tokens = std::mem::take(&mut request.credit_due);
             request.credit_given += tokens;
+            request.credit_given_at = now;
             assert!(self.ends.control.push(ControlMessage::Credit { seq, tokens }).is_ok());
             busy = true;
         }

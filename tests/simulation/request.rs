@@ -137,6 +137,9 @@ pub struct Request {
     text_overrun: bool,
     /// Credit given in all, the first window included.
     pub credit_given: u32,
+    /// When the last of it was given.
+    pub credit_given_at: Instant,
+    stall_timeout_ms: u64,
     /// Credit to give with the next message.
     pub credit_due: u32,
     /// When the client will have read each token that it has not read yet.
@@ -147,8 +150,10 @@ pub struct Request {
 }
 
 impl Request {
-    pub fn new(plan: Plan, key: StreamKey) -> Request {
+    pub fn new(plan: Plan, key: StreamKey, stall_timeout_ms: u64) -> Request {
         Request {
+            credit_given_at: Instant::ZERO,
+            stall_timeout_ms,
             credit_given: plan.window,
             plan,
             key,
@@ -352,7 +357,11 @@ impl Request {
             | FinishReason::ContextFull => true,
             FinishReason::Cancelled if self.cancelled => false,
             FinishReason::Deadline if self.plan.deadline.is_some_and(|at| at <= now) => false,
-            FinishReason::Stalled if self.paused => false,
+            FinishReason::Stalled
+                if self.paused && now.ms_since(self.credit_given_at) >= self.stall_timeout_ms =>
+            {
+                false
+            }
             FinishReason::ShuttingDown | FinishReason::DeviceFailed => false,
             _ => return Err(format!("ended without cause: {finish:?}")),
         };
