@@ -139,13 +139,12 @@ impl Limits {
             (value > most).then_some(BrokenRelation { field, relation: "at most", than, reason })
         };
         [
-            at_least(
-                "step_tokens_max",
-                self.step_tokens_max.into(),
-                "running_max",
-                self.running_max.into(),
-                "a step holds one token of every running sequence",
-            ),
+            (self.step_tokens_max <= self.running_max).then_some(BrokenRelation {
+                field: "step_tokens_max",
+                relation: "above",
+                than: "running_max",
+                reason: "a step holds one token of every running sequence, and some prefill",
+            }),
             at_most(
                 "chunk_tokens_max",
                 self.chunk_tokens_max.into(),
@@ -217,7 +216,7 @@ pub struct TooSmall {
 pub struct BrokenRelation {
     /// The field that is too small or too large.
     pub field: &'static str,
-    /// "at least" or "at most".
+    /// "above", "at least" or "at most".
     pub relation: &'static str,
     /// The field it is compared with.
     pub than: &'static str,
@@ -260,10 +259,10 @@ mod tests {
             names
         };
         assert_eq!(
-            broken(|l| l.running_max = l.step_tokens_max + 1),
+            broken(|l| l.running_max = l.step_tokens_max),
             [("step_tokens_max", "running_max")]
         );
-        assert_eq!(broken(|l| l.running_max = l.step_tokens_max), []);
+        assert_eq!(broken(|l| l.running_max = l.step_tokens_max - 1), []);
         assert_eq!(
             broken(|l| l.chunk_tokens_max = l.step_tokens_max + 1),
             [("chunk_tokens_max", "step_tokens_max")]

@@ -61,12 +61,14 @@ Exit codes:
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Serve a model over the native protocol until told to stop.
+    Serve(Serve),
     /// Fetch a model into the cache folder, whole and checked.
     Pull(Pull),
     /// List the models that are known and those that are cached.
     Models(Models),
     /// Say what is wrong in a configuration, all at once, or print the settings in force.
-    #[command(after_help = CHECK_HELP)]
+    #[command(after_help = CHECK_HELP, after_long_help = check_long_help())]
     Check(Check),
 }
 
@@ -74,7 +76,13 @@ const CHECK_HELP: &str = "\
 Examples:
   forebay check forebay.toml       exit code 0: print the settings in force; 2: say what is wrong
   forebay check > forebay.toml     all settings with their defaults, to start from
+  forebay check --help             all settings with their meaning
 ";
+
+fn check_long_help() -> String {
+    let settings = crate::config::describe_settings();
+    format!("{CHECK_HELP}\nSettings, as SECTION.NAME = DEFAULT:\n{settings}")
+}
 
 /// Where settings come from; any subcommand that needs a configuration takes these.
 #[derive(Args, Debug, Default)]
@@ -121,6 +129,14 @@ impl Cli {
         }
         Err(error)
     }
+}
+
+/// Arguments of `forebay serve`.
+#[derive(Args, Debug)]
+pub struct Serve {
+    /// What is served, and how.
+    #[command(flatten)]
+    pub settings: Settings,
 }
 
 /// Arguments of `forebay pull`.

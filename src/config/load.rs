@@ -10,6 +10,7 @@ use super::Config;
 use super::problem::{Origin, Problem, Problems};
 use super::setting::{SETTINGS, Setting, find};
 use super::suggest::nearest;
+use super::value::Allowed;
 
 /// A configuration file that was read.
 #[derive(Clone, Copy, Debug)]
@@ -264,13 +265,18 @@ impl Loaded {
     }
 }
 
-/// Every setting with its variable, what it may be and what it is for: for `--help`.
+/// Every setting with its default, what it is for and what it may be: for `--help`.
 pub fn describe_settings() -> String {
     let defaults = Loaded::default();
     let mut text = String::new();
     for setting in SETTINGS {
-        let shown = defaults.shown(setting);
-        let _ = writeln!(text, "  {:<34} {} [{shown}]", setting.key, setting.about);
+        let _ = writeln!(text, "  {} = {}", setting.key, defaults.shown(setting));
+        let _ = writeln!(text, "      {}", setting.about);
+        let rule = match setting.allowed {
+            Allowed::LoopbackAddress => "must be IP:PORT on loopback".to_owned(),
+            allowed => allowed.to_string(),
+        };
+        let _ = writeln!(text, "      {rule}");
     }
     text
 }

@@ -149,8 +149,8 @@ fn an_address_that_others_could_reach_is_refused_with_the_reason() {
 fn contradictions_name_both_sides_and_where_each_came_from() {
     assert_eq!(
         complaint(from_file("[limits]\nstep_tokens_max = 32\nchunk_tokens_max = 32\n")),
-        "limits.step_tokens_max = 32 (f.toml line 2): must be at least limits.running_max = 64 \
-         (default): a step holds one token of every running sequence"
+        "limits.step_tokens_max = 32 (f.toml line 2): must be above limits.running_max = 64 \
+         (default): a step holds one token of every running sequence, and some prefill"
     );
 }
 
@@ -211,4 +211,27 @@ fn the_effective_settings_read_back_as_the_same_configuration() {
 fn a_quarter_of_the_free_memory_and_at_most_two_gibibytes_are_taken_unasked() {
     assert_eq!(Kv::automatic_bytes(4 << 30), 1 << 30);
     assert_eq!(Kv::automatic_bytes(64 << 30), 2 << 30);
+}
+
+#[test]
+fn every_setting_is_described_with_its_default() {
+    let text = describe_settings();
+    assert!(text.contains("kv.pool_bytes"), "{text}");
+    assert!(text.contains("must be one of auto, io_uring, epoll"), "{text}");
+    assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+}
+
+proptest::proptest! {
+    #[test]
+    fn whatever_a_file_holds_it_is_a_configuration_or_a_list_of_problems(
+        text in "[\\[\\]a-z_.=\" \n0-9#'{},-]{0,80}",
+        key in "(limits|kv|server|stream)\\.[a-z_]{1,30}",
+        value in ".{0,20}",
+    ) {
+        for text in [text, format!("{key} = {value}\n")] {
+            if let Err(problems) = from_file(&text) {
+                assert!(!problems.0.is_empty());
+            }
+        }
+    }
 }

@@ -3,7 +3,9 @@
 //! Core: the device core, and the compute workers a backend owns. The seam is one *step*
 //! ([`crate::message::Step`]), never one operation: a backend is free to fuse and order as it likes.
 
-pub mod pump;
+pub mod cpu;
+mod pump;
+pub mod task;
 
 pub use pump::DeviceCore;
 

@@ -36,6 +36,7 @@ mod scheduler;
 mod sequence;
 pub mod stats;
 pub mod stop;
+pub mod task;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -295,6 +296,11 @@ impl EngineCore {
             blocks_total: self.blocks.total() as u32,
             steps_in_flight: self.steps_in_flight() as u32,
         }
+    }
+
+    /// Whether every front core is gone: nobody is left to serve.
+    pub fn is_deserted(&self) -> bool {
+        self.fronts.iter().all(|front| front.departed)
     }
 
     /// Whether the device was lost: the engine refuses everything from then on.

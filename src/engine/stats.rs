@@ -1,5 +1,7 @@
 //! What the engine has counted. Plain integers, copied out whole.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use crate::request::{Class, FinishReason, RejectReason};
 
 /// Rejection reasons there are; the wire number is the index.
@@ -86,4 +88,74 @@ pub struct EngineStats {
     pub blocks_total: u32,
     /// Steps at the device.
     pub steps_in_flight: u32,
+}
+
+/// How many numbers [`EngineStats::named`] has.
+pub const NAMED: usize = 31;
+
+impl EngineStats {
+    /// The numbers that STATS_REPLY shows, by name. Those of `counters` only grow.
+    pub fn named(&self) -> [(&'static str, u64); NAMED] {
+        let counters = &self.counters;
+        let [system, interactive, default, bulk] = self.queued.map(u64::from);
+        [
+            ("engine_granted", self.granted.into()),
+            ("engine_queued_system", system),
+            ("engine_queued_interactive", interactive),
+            ("engine_queued_default", default),
+            ("engine_queued_bulk", bulk),
+            ("engine_running", self.running.into()),
+            ("engine_waiting", self.waiting.into()),
+            ("engine_parked", self.parked.into()),
+            ("engine_queued_tokens", self.queued_tokens),
+            ("engine_queued_bytes", self.queued_bytes),
+            ("engine_kv_blocks_free", self.blocks_free.into()),
+            ("engine_kv_blocks_retiring", self.blocks_retiring.into()),
+            ("engine_kv_blocks_total", self.blocks_total.into()),
+            ("engine_asks", counters.asks),
+            ("engine_grants", counters.grants),
+            ("engine_admitted", counters.admitted),
+            ("engine_rejected", counters.rejected.iter().sum()),
+            ("engine_finished", counters.finished.iter().sum()),
+            ("engine_steps", counters.steps),
+            ("engine_steps_completed", counters.steps_completed),
+            ("engine_step_failures", counters.step_failures),
+            ("engine_device_ns", counters.device_ns),
+            ("engine_rows", counters.rows),
+            ("engine_prompt_tokens", counters.prompt_tokens),
+            ("engine_tokens_in", counters.tokens_in),
+            ("engine_tokens_out", counters.tokens_out),
+            ("engine_preemptions", counters.preemptions),
+            ("engine_kv_drops", counters.kv_drops),
+            ("engine_recomputed_tokens", counters.recomputed_tokens),
+            ("engine_parks", counters.parks),
+            ("engine_resumes", counters.resumes),
+        ]
+    }
+}
+
+/// The engine's numbers where other cores can read them at any time. One writer; each number is
+/// true by itself, but two of them may be of different ticks.
+#[derive(Debug, Default)]
+pub struct StatsBoard {
+    values: [AtomicU64; NAMED],
+}
+
+impl StatsBoard {
+    /// Shows new numbers.
+    pub fn show(&self, stats: &EngineStats) {
+        for (value, (_, new)) in self.values.iter().zip(stats.named()) {
+            // Relaxed: nothing is concluded from one number about another.
+            value.store(new, Ordering::Relaxed);
+        }
+    }
+
+    /// The numbers as last shown, by name.
+    pub fn read(&self) -> [(&'static str, u64); NAMED] {
+        let mut named = EngineStats::default().named();
+        for ((_, value), shown) in named.iter_mut().zip(&self.values) {
+            *value = shown.load(Ordering::Relaxed);
+        }
+        named
+    }
 }

@@ -21,19 +21,24 @@ mod credit;
 mod egress;
 mod events;
 mod input;
+mod model_tokenise;
+pub mod net;
 mod pipeline;
 mod settings;
 mod stream;
+pub mod task;
 mod timers;
 mod tokenise;
 mod utf8;
 
 pub use self::connection::{Action, CloseHow};
 pub use self::core::FrontCore;
+pub use self::model_tokenise::ModelTokenise;
 pub use self::settings::{FrontCounters, FrontLinks, FrontSettings, StatsSource};
 pub use self::tokenise::{ByteTokeniser, SLICE_BYTES, Tokenise, TokeniseJob};
 
-/// A connection as its front core and its net shell know it.
+/// A connection as its front core and its net shell know it. After its `Closed` event the id is
+/// dead: every call with it is refused, also when its place has a new owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ConnId {
     /// Place in the table, below `connections_max`.
