@@ -7,6 +7,8 @@ mod bench;
 mod machine;
 mod models;
 pub mod pull;
+mod serve;
+pub mod server;
 mod settings;
 
 use std::process::ExitCode;
@@ -72,7 +74,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Pull(args)) => models::pull(&args),
         Some(Command::Models(args)) => models::list(&args),
         Some(Command::Check(args)) => check(&args),
-        None => Err(Failure::Runtime("nothing to serve with yet".into())),
+        Some(Command::Serve(args)) => serve::serve(&args.settings),
+        None => serve::serve(&args::Settings::default()),
     }
 }
 
