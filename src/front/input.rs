@@ -9,8 +9,8 @@ use super::stream::{Phase, Stream};
 use super::timers::Timer;
 use crate::base::{Instant, SlabKey};
 use crate::protocol::{
-    BodyError, Capabilities, ClientFrame, ErrorCode, Header, Piece, Prelude, ProtocolError,
-    ServerFrame, Stat,
+    BodyError, Capabilities, ClientFrame, ErrorCode, Header, Piece, Prelude, PromptKind,
+    ProtocolError, ServerFrame, Stat,
 };
 use crate::request::{FinishReason, RejectReason};
 
@@ -252,7 +252,9 @@ impl FrontCore {
     /// What can be said of a request from its prelude alone.
     fn judge(&mut self, conn: ConnId, prelude: &Prelude) -> Result<(), Refusal> {
         let limits = &self.settings.limits;
-        let open = self.connections.get_mut(conn).expect("it has input").streams.len();
+        let connection = self.connections.get_mut(conn).expect("it has input");
+        let open = connection.streams.len();
+        let knows_ids = connection.has(Capabilities::TOKEN_PROMPTS);
         let bytes_max = self.settings.request_bytes_max();
         if self.is_draining() {
             return Err((RejectReason::ShuttingDown, None, "the server is draining".into()));
@@ -260,6 +262,10 @@ impl FrontCore {
         if open >= limits.streams_per_connection_max as usize {
             let message = format!("{open} streams are open, as many as a connection may have");
             return Err((RejectReason::TooManyStreams, Some(RETRY_AFTER_MS), message.into()));
+        }
+        if prelude.kind == PromptKind::Tokens && !knows_ids {
+            let message = "a prompt of token ids needs capability bit 2 in HELLO".into();
+            return Err((RejectReason::Invalid, None, message));
         }
         // Without credit it would be admitted only to park.
         if prelude.window_tokens == 0 || prelude.window_tokens > limits.stream_window_tokens_max {

@@ -10,7 +10,9 @@ use super::timers::Timer;
 use super::tokenise::{Tokenise, TokeniseFailure, TokeniseQueue, Tokenised};
 use crate::base::{Instant, Slab, SlabKey};
 use crate::message::{Ask, ControlMessage, EVENT_BATCHES, EventBatch, RequestMessage, Submission};
-use crate::protocol::{BodyError, Prelude, Prompt, PromptKind, RequestOptions, decode_body};
+use crate::protocol::{
+    BodyError, Capabilities, Prelude, Prompt, PromptKind, RequestOptions, decode_body,
+};
 use crate::request::{FinishReason, RejectReason, TokenId};
 
 /// The streams of a front core, and its ends of the links to the engine.
@@ -308,6 +310,9 @@ impl FrontCore {
         now: Instant,
     ) -> Result<(), BodyError> {
         let body = decode_body(prelude, bytes)?;
+        if body.options.sampling.logprobs.is_some() && !self.knows_logprobs(key) {
+            return Err(BodyError("logprobs needs capability bit 1 in HELLO".into()));
+        }
         let vocab = self.pipeline.tokenise.vocab_tokens();
         let foreign = |&(token, _): &(TokenId, f32)| token >= vocab;
         if let Some((token, _)) = body.options.sampling.logit_bias.iter().copied().find(foreign) {
@@ -332,6 +337,12 @@ impl FrontCore {
             self.finish_tokenising(key, Ok(tokens), now);
         }
         Ok(())
+    }
+
+    fn knows_logprobs(&mut self, key: SlabKey) -> bool {
+        let conn = self.pipeline.streams.get(key).and_then(|stream| stream.conn);
+        let connection = conn.and_then(|conn| self.connections.get_mut(conn));
+        connection.is_some_and(|connection| connection.has(Capabilities::LOGPROBS))
     }
 
     /// One slice of tokenising.

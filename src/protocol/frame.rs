@@ -248,15 +248,13 @@ pub enum ErrorCode {
     IdleTimeout = 12,
     /// The server holds as many connections as it may.
     TooManyConnections = 13,
-    /// The peer sent more than it was told it may, or does not read.
-    Overrun = 14,
     /// The server's fault.
-    Internal = 15,
+    Internal = 14,
 }
 
 impl ErrorCode {
     /// All codes, by number.
-    pub const ALL: [ErrorCode; 15] = [
+    pub const ALL: [ErrorCode; 14] = [
         ErrorCode::NotForebay,
         ErrorCode::Version,
         ErrorCode::Unauthenticated,
@@ -270,7 +268,6 @@ impl ErrorCode {
         ErrorCode::HandshakeTimeout,
         ErrorCode::IdleTimeout,
         ErrorCode::TooManyConnections,
-        ErrorCode::Overrun,
         ErrorCode::Internal,
     ];
 
@@ -295,7 +292,6 @@ impl ErrorCode {
             ErrorCode::HandshakeTimeout => "HANDSHAKE_TIMEOUT",
             ErrorCode::IdleTimeout => "IDLE_TIMEOUT",
             ErrorCode::TooManyConnections => "TOO_MANY_CONNECTIONS",
-            ErrorCode::Overrun => "OVERRUN",
             ErrorCode::Internal => "INTERNAL",
         }
     }

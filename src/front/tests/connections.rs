@@ -256,7 +256,7 @@ fn a_client_that_reports_an_error_is_closed_and_its_streams_cancelled() {
     let mut world = Harness::new();
     let conn = world.welcomed();
     let (stream, seq) = world.running(conn, 1);
-    world.send_frame(conn, ClientFrame::Error { code: 6, message: "bad frame" });
+    world.send_frame(conn, ClientFrame::Error { code: 6, about_stream: 1, message: "bad frame" });
     assert!(world.closed.contains_key(&conn));
     let controls = world.controls();
     assert!(matches!(controls[..], [ControlMessage::Cancel { seq: s, .. }] if s == seq));

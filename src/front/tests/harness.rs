@@ -375,14 +375,16 @@ fn owned(frame: ServerFrame<'_>, got: &mut Vec<Got>) {
 }
 
 pub(super) fn hello(token: &str) -> Vec<u8> {
+    hello_of(token, Capabilities::ALL)
+}
+
+pub(super) fn hello_with(capabilities: Capabilities) -> Vec<u8> {
+    hello_of("", capabilities)
+}
+
+fn hello_of(token: &str, capabilities: Capabilities) -> Vec<u8> {
     let mut bytes = Vec::new();
-    let hello = Hello {
-        version_min: 1,
-        version_max: 1,
-        capabilities: Capabilities::ALL,
-        client: "test",
-        token,
-    };
+    let hello = Hello { version_min: 1, version_max: 1, capabilities, client: "test", token };
     ClientFrame::Hello(hello).encode(&mut bytes);
     bytes
 }

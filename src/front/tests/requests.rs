@@ -4,8 +4,8 @@ use super::harness::*;
 use crate::front::SLICE_BYTES;
 use crate::message::{ControlMessage, Event};
 use crate::protocol::{
-    Prelude, PromptKind, Request, RequestPrompt, Role, encode_body_frame, encode_request,
-    encode_request_frame,
+    Capabilities, ClientFrame, ErrorCode, Prelude, PromptKind, Request, RequestPrompt, Role,
+    encode_body_frame, encode_request, encode_request_frame,
 };
 use crate::request::{Class, FinishReason, Name, RejectReason};
 
@@ -294,4 +294,37 @@ fn a_body_that_does_not_come_ends_its_stream_alone() {
     world.send(conn, &bytes[bytes.len() - 1..]);
     world.tokens(other, &[1], b"a");
     assert_eq!(world.got(conn), [Got::Tokens(1, vec![1], "a".into())]);
+}
+
+#[test]
+fn what_the_client_did_not_say_it_understands_is_refused() {
+    let mut world = Harness::new();
+    let conn = world.connect();
+    world.send(conn, &hello_with(Capabilities::default()));
+    world.got(conn);
+    let mut ids = Request::new(RequestPrompt::Tokens(vec![1]));
+    ids.window_tokens = 1;
+    world.request(conn, 1, &ids);
+    let mut logprobs = text_request("x");
+    logprobs.options.sampling.logprobs = Some(0);
+    world.request(conn, 2, &logprobs);
+    let ask = world.ask();
+    world.grant(&ask);
+    let got = world.got(conn);
+    let messages: Vec<&str> = got
+        .iter()
+        .filter_map(|got| match got {
+            Got::Rejected(_, RejectReason::Invalid, None, message) => Some(&message[..]),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(
+        messages,
+        [
+            "a prompt of token ids needs capability bit 2 in HELLO",
+            "logprobs needs capability bit 1 in HELLO"
+        ]
+    );
+    world.send_frame(conn, ClientFrame::Stats);
+    assert_eq!(world.got(conn).last(), Some(&Got::Error(ErrorCode::UnexpectedFrame as u16)));
 }
