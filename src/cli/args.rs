@@ -1,10 +1,11 @@
 //! What may be written on the command line.
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::error::ErrorKind;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, value_parser};
 
 use crate::config::DEFAULT_MODEL;
 
@@ -65,6 +66,9 @@ pub enum Command {
     Pull(Pull),
     /// List the models that are known and those that are cached.
     Models(Models),
+    /// Measure a server under load: times, throughput, goodput, refusals.
+    #[command(after_help = BENCH_HELP)]
+    Bench(Bench),
     /// Say what is wrong in a configuration, all at once, or print the settings in force.
     #[command(after_help = CHECK_HELP, after_long_help = check_long_help())]
     Check(Check),
@@ -110,6 +114,89 @@ pub struct Settings {
     /// How sockets are driven: auto, io_uring, epoll [default: auto].
     #[arg(long, value_name = "KIND")]
     pub io: Option<String>,
+}
+
+const BENCH_HELP: &str = "\
+Prompts are random token ids, and end-of-text is ignored, so that lengths are as asked for. A length
+is N, N..M (evenly between) or exp:N (exponential around the mean N, at most 8 N).
+
+In a closed loop the next request begins when one ends; in an open loop requests arrive at random
+moments, whatever the server does, and times count from the arrival, not from the sending. Requests
+count when they are meant to begin in the measured part; the run waits for them to end.
+
+A request is good when it completed, its first token came within --slo-ttft-ms and its later tokens
+took at most --slo-itl-ms on average; goodput counts only those.
+
+Examples:
+  forebay bench --concurrency 32 --prompt 128..512 --output exp:128
+  forebay bench --connect 127.0.0.1:7070 --rate 5 --duration 60 --json result.json
+";
+
+/// Arguments of `forebay bench`.
+#[derive(Args, Debug)]
+pub struct Bench {
+    /// The server's address. Without it: the default address if a server answers there, else a
+    /// server in this process.
+    #[arg(long, value_name = "IP:PORT")]
+    pub connect: Option<SocketAddr>,
+    /// Closed loop: so many requests in progress [default: 8, when there is no --rate].
+    #[arg(long, short, value_name = "N", conflicts_with = "rate",
+          value_parser = value_parser!(u32).range(1..=65536))]
+    pub concurrency: Option<u32>,
+    /// Open loop: so many requests a second on average (Poisson).
+    #[arg(long, value_name = "R", value_parser = positive)]
+    pub rate: Option<f64>,
+    /// Prompt lengths in tokens.
+    #[arg(long, value_name = "LENGTHS", default_value = "128")]
+    pub prompt: String,
+    /// Output lengths in tokens.
+    #[arg(long, value_name = "LENGTHS", default_value = "64")]
+    pub output: String,
+    /// Seconds before anything is measured.
+    #[arg(long, value_name = "S", default_value = "2", value_parser = not_negative)]
+    pub warm_up: f64,
+    /// Seconds that are measured.
+    #[arg(long, value_name = "S", default_value = "10", value_parser = positive)]
+    pub duration: f64,
+    /// Seconds after that to wait for what is in progress.
+    #[arg(long, value_name = "S", default_value = "60", value_parser = not_negative)]
+    pub grace: f64,
+    /// Connections to spread the streams over [default: one for every 64 of --concurrency].
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=1024))]
+    pub connections: Option<u32>,
+    /// The same seed gives the same prompts, lengths and arrivals.
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub seed: u64,
+    /// Target: time to the first token.
+    #[arg(long, value_name = "MS", default_value = "1000", value_parser = positive)]
+    pub slo_ttft_ms: f64,
+    /// Target: a request's mean time between tokens.
+    #[arg(long, value_name = "MS", default_value = "100", value_parser = positive)]
+    pub slo_itl_ms: f64,
+    /// Writes the result as JSON to this file, too.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Shows no progress bar.
+    #[arg(long, short)]
+    pub quiet: bool,
+    /// For the server in this process.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+/// A number of at most a day's seconds, or a hundred thousand a second.
+fn not_negative(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if (0.0..=100_000.0).contains(&number) => Ok(number),
+        _ => Err("must be a number from 0 to 100000".into()),
+    }
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match not_negative(text) {
+        Ok(number) if number >= 0.001 => Ok(number),
+        _ => Err("must be a number from 0.001 to 100000".into()),
+    }
 }
 
 impl Cli {

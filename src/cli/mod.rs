@@ -72,8 +72,16 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Pull(args)) => models::pull(&args),
         Some(Command::Models(args)) => models::list(&args),
         Some(Command::Check(args)) => check(&args),
+        Some(Command::Bench(args)) => bench(&args),
         None => Err(Failure::Runtime("nothing to serve with yet".into())),
     }
+}
+
+fn bench(args: &args::Bench) -> Result<(), Failure> {
+    let Some(target) = args.connect else {
+        return Err(Failure::Runtime("no server in this process yet".into()));
+    };
+    bench::run(args, target, &target.to_string())
 }
 
 fn check(args: &args::Check) -> Result<(), Failure> {

@@ -34,11 +34,6 @@ impl Progress {
         Progress { intended_ns, prompt_tokens, first_ns: None, last_ns: intended_ns, tokens: 0 }
     }
 
-    /// When it was meant to begin.
-    pub fn intended_ns(&self) -> u64 {
-        self.intended_ns
-    }
-
     fn ttft_ns(&self) -> Option<u64> {
         Some(self.first_ns?.saturating_sub(self.intended_ns))
     }
@@ -149,6 +144,11 @@ impl Tally {
             self.requests += 1;
             record(&mut self.late_ns, now_ns.saturating_sub(progress.intended_ns), 1);
         }
+    }
+
+    /// A request could not even be sent: it counts, and never ends.
+    pub fn unsent(&mut self, intended_ns: u64) {
+        self.requests += u64::from(self.measured_ns.contains(&intended_ns));
     }
 
     /// `tokens` tokens of a request came together. They share the time since the one before
