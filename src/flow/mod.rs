@@ -4,7 +4,13 @@
 //! integers.
 
 pub mod credit;
+pub mod estimate;
+pub mod forecast;
 pub mod link;
+pub mod token_bucket;
 
 pub use credit::{CreditError, CreditWindow};
+pub use estimate::{Load, LoadEstimator, RateEstimator, StepCost, StepLoad, StepTimeModel};
+pub use forecast::OutputForecast;
 pub use link::{Census, Receiver, SendError, Sender, link};
+pub use token_bucket::{Shortage, TokenBucket};

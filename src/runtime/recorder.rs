@@ -1,0 +1,1 @@
+//! The flight recorder: not part of this commit yet.

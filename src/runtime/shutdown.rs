@@ -1,0 +1,1 @@
+//! Signals: not part of this commit yet.

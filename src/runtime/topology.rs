@@ -1,0 +1,1 @@
+//! Roles and CPUs: not part of this commit yet.
