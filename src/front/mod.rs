@@ -21,6 +21,7 @@ mod credit;
 mod egress;
 mod events;
 mod input;
+mod model_tokenise;
 pub mod net;
 mod pipeline;
 mod settings;
@@ -32,6 +33,7 @@ mod utf8;
 
 pub use self::connection::{Action, CloseHow};
 pub use self::core::FrontCore;
+pub use self::model_tokenise::ModelTokenise;
 pub use self::settings::{FrontCounters, FrontLinks, FrontSettings, StatsSource};
 pub use self::tokenise::{ByteTokeniser, SLICE_BYTES, Tokenise, TokeniseJob};
 
