@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, value_parser};
 
+use super::Failure;
 use crate::config::DEFAULT_MODEL;
+use crate::request::SamplingParams;
 
 /// Serves language models with backpressure from the client's socket to the decode step.
 #[derive(Debug, Parser)]
@@ -66,6 +68,9 @@ pub enum Command {
     Pull(Pull),
     /// List the models that are known and those that are cached.
     Models(Models),
+    /// Answer one prompt in this process, printed as it comes.
+    #[command(after_help = RUN_HELP)]
+    Run(Run),
     /// Measure a server under load: times, throughput, goodput, refusals.
     #[command(after_help = BENCH_HELP)]
     Bench(Bench),
@@ -114,6 +119,85 @@ pub struct Settings {
     /// How sockets are driven: auto, io_uring, epoll [default: auto].
     #[arg(long, value_name = "KIND")]
     pub io: Option<String>,
+}
+
+const RUN_HELP: &str = "\
+Examples:
+  forebay run 'Why is the sky blue?'
+  forebay run --raw --max-tokens 40 --temperature 0 'Once upon a time'
+  cat notes.txt | forebay run --system 'Summarise what you are given.' -
+";
+
+/// Arguments of `forebay run`.
+#[derive(Args, Debug)]
+pub struct Run {
+    /// What to answer; - reads it from standard input.
+    pub prompt: String,
+    /// Instructions that come before the prompt.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
+    /// Continue the prompt's text as it is, without the model's chat template.
+    #[arg(long)]
+    pub raw: bool,
+    /// Output tokens at most.
+    #[arg(long, short = 'n', value_name = "N", default_value = "512",
+          value_parser = value_parser!(u32).range(1..))]
+    pub max_tokens: u32,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: Sampling,
+    /// Print times and rate to standard error at the end.
+    #[arg(long)]
+    pub stats: bool,
+    /// Which model, and how it is run.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+/// How tokens are chosen, for `run` and `chat`.
+#[derive(Args, Debug)]
+pub struct Sampling {
+    /// 0 always takes the likeliest token; higher is more varied.
+    #[arg(long, value_name = "X", default_value = "0.7")]
+    pub temperature: f32,
+    /// Only the likeliest tokens that together have this probability.
+    #[arg(long, value_name = "P", default_value = "0.95")]
+    pub top_p: f32,
+    /// Only the K likeliest tokens; 0 is all.
+    #[arg(long, value_name = "K", default_value = "0")]
+    pub top_k: u32,
+    /// Only tokens with at least this share of the likeliest one's probability.
+    #[arg(long, value_name = "P", default_value = "0")]
+    pub min_p: f32,
+    /// Above 1, tokens that occurred are less likely.
+    #[arg(long, value_name = "X", default_value = "1")]
+    pub repetition_penalty: f32,
+    /// The same seed gives the same answer [default: another one each time].
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+impl Sampling {
+    /// Checked.
+    pub(super) fn params(&self) -> Result<SamplingParams, Failure> {
+        let params = SamplingParams {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed.unwrap_or_else(some_seed),
+            ..SamplingParams::default()
+        };
+        params.check().map_err(|what| Failure::Usage(what.to_owned()))?;
+        Ok(params)
+    }
+}
+
+/// Another one each time: the hash map's random key.
+fn some_seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0)
 }
 
 const BENCH_HELP: &str = "\

@@ -7,6 +7,7 @@ mod bench;
 mod machine;
 mod models;
 pub mod pull;
+mod run;
 mod settings;
 
 use std::process::ExitCode;
@@ -72,6 +73,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Pull(args)) => models::pull(&args),
         Some(Command::Models(args)) => models::list(&args),
         Some(Command::Check(args)) => check(&args),
+        Some(Command::Run(args)) => run::run(&args),
         Some(Command::Bench(args)) => bench(&args),
         None => Err(Failure::Runtime("nothing to serve with yet".into())),
     }

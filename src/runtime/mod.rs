@@ -20,8 +20,8 @@ pub mod stall;
 pub mod topology;
 
 pub use clock::now;
-pub use lifecycle::Lifecycle;
 pub use executor::{ExecutorHandle, Local, start_executor};
+pub use lifecycle::Lifecycle;
 pub use probe::{Probe, probe};
 
 /// What carries executors and sockets.

@@ -81,7 +81,8 @@ pub unsafe fn attend(
     let count = queries.values.len() / dim;
     assert!((1..=GROUP_MAX).contains(&count) && queries.values.len() == count * dim);
     assert!(out.len() == count * dim && scratch.partial.len() >= count * dim);
-    let position_of = |query: usize| queries.position + (queries.first_head + query) / queries.group;
+    let position_of =
+        |query: usize| queries.position + (queries.first_head + query) / queries.group;
     let last = position_of(count - 1);
     assert!(queries.blocks.len() > last / BLOCK_POSITIONS, "blocks for every position");
     out.fill(0.0);
@@ -135,7 +136,14 @@ pub unsafe fn attend(
         for query in 0..count {
             let range = query * dim..(query + 1) * dim;
             let partial = &scratch.partial[range.clone()];
-            merge(kernels, &mut states[query], maxima[query], sums[query], &mut out[range], partial);
+            merge(
+                kernels,
+                &mut states[query],
+                maxima[query],
+                sums[query],
+                &mut out[range],
+                partial,
+            );
         }
     }
     for (state, out) in states.iter().zip(out.chunks_exact_mut(dim)) {

@@ -421,23 +421,27 @@ impl Pass<'_> {
         let forward = self.forward;
         let panels = parts.iter().map(|(matrix, _)| matrix.panels()).sum();
         let panel_bytes = parts[0].0.panel_bytes();
-        self.product_stage((panels, panel_bytes), (tokens, TILE_TOKENS), |first, count, start, n| {
-            for mut panel in first..first + count {
-                let mut part = 0;
-                while panel >= parts[part].0.panels() {
-                    panel -= parts[part].0.panels();
-                    part += 1;
+        self.product_stage(
+            (panels, panel_bytes),
+            (tokens, TILE_TOKENS),
+            |first, count, start, n| {
+                for mut panel in first..first + count {
+                    let mut part = 0;
+                    while panel >= parts[part].0.panels() {
+                        panel -= parts[part].0.panels();
+                        part += 1;
+                    }
+                    let (matrix, column) = parts[part];
+                    let at = start * stride + column + panel * PANEL_ROWS;
+                    let at = out.at(at, (n - 1) * stride + PANEL_ROWS);
+                    let out = Output { at, stride, add };
+                    // SAFETY: a tile is some panels and some tokens, and a (panel, token) has its own
+                    // 32 values (in range: checked by `at`).
+                    let (kernels, weights) = (forward.kernels, &forward.weights);
+                    unsafe { acts.multiply(kernels, weights, (matrix, panel), (start, n), out) };
                 }
-                let (matrix, column) = parts[part];
-                let at = start * stride + column + panel * PANEL_ROWS;
-                let at = out.at(at, (n - 1) * stride + PANEL_ROWS);
-                let out = Output { at, stride, add };
-                // SAFETY: a tile is some panels and some tokens, and a (panel, token) has its own
-                // 32 values (in range: checked by `at`).
-                let (kernels, weights) = (forward.kernels, &forward.weights);
-                unsafe { acts.multiply(kernels, weights, (matrix, panel), (start, n), out) };
-            }
-        });
+            },
+        );
     }
 
     fn attention(&self, index: usize, layer: &Layer, own: &mut Own) {

@@ -50,7 +50,10 @@ impl History {
 
     /// Counts a token of the output; one outside the vocabulary is ignored.
     pub fn add_output(&mut self, token: TokenId) {
-        self.update(token, |count| if count & !IN_PROMPT < IN_PROMPT - 1 { count + 1 } else { count });
+        self.update(
+            token,
+            |count| if count & !IN_PROMPT < IN_PROMPT - 1 { count + 1 } else { count },
+        );
     }
 
     fn update(&mut self, token: TokenId, next: impl FnOnce(u32) -> u32) {
@@ -102,9 +105,7 @@ impl Scratch {
             maxima: vec![0.0; chunks],
             chunks: vec![0.0; chunks],
             candidates: Vec::with_capacity(vocab),
-            changed: Vec::with_capacity(
-                context_max.min(vocab) + SamplingParams::LOGIT_BIAS_MAX,
-            ),
+            changed: Vec::with_capacity(context_max.min(vocab) + SamplingParams::LOGIT_BIAS_MAX),
             top: Vec::with_capacity(usize::from(SamplingParams::TOP_LOGPROBS_MAX)),
         }
     }

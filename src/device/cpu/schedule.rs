@@ -1,9 +1,7 @@
 //! From a plan to a schedule: the plan is checked against everything the workers will index with,
 //! then cut into tasks. Nothing that fails the check reaches memory.
 
-use crate::message::{
-    BLOCK_POSITIONS, BlockId, PlanRow, SeqKey, SlotSetup, StepFailure, StepPlan,
-};
+use crate::message::{BLOCK_POSITIONS, BlockId, PlanRow, SeqKey, SlotSetup, StepFailure, StepPlan};
 use crate::request::TokenId;
 
 /// What plans are checked against.

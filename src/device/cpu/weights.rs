@@ -104,7 +104,11 @@ impl Weights {
     ///
     /// # Errors
     /// When a tensor is missing, or the system refuses the memory.
-    pub fn load(gguf: &Gguf, config: &ModelConfig, threads: usize) -> Result<Weights, WeightsError> {
+    pub fn load(
+        gguf: &Gguf,
+        config: &ModelConfig,
+        threads: usize,
+    ) -> Result<Weights, WeightsError> {
         let mut packer = Packer { gguf, end: 0, matrices: Vec::new() };
         let layers = (0..config.layers).map(|layer| packer.layer(layer));
         let layers = layers.collect::<Result<Vec<Layer>, GgufError>>()?;
@@ -170,4 +174,3 @@ fn pack(memory: &Region<u8>, matrices: &[(Matrix, Tensor<'_>)], threads: usize) 
         work();
     });
 }
-

@@ -94,8 +94,7 @@ impl Lane<'_> {
             team.wake();
         } else {
             team.wait(self.index, || {
-                team.passed.load(Ordering::SeqCst) != passed
-                    || team.broken.load(Ordering::SeqCst)
+                team.passed.load(Ordering::SeqCst) != passed || team.broken.load(Ordering::SeqCst)
             });
         }
         if team.broken.load(Ordering::Relaxed) {

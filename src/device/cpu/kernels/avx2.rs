@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{GROUP_MAX, GemmArgs, PANEL_ROWS, PairArgs, Packing, groups};
+use super::{GROUP_MAX, GemmArgs, PANEL_ROWS, Packing, PairArgs, groups};
 use crate::device::cpu::rows::ActBlock;
 
 const Q8: u8 = 0;

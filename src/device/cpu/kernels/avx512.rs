@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{GROUP_MAX, GemmArgs, PairArgs, Packing, groups};
+use super::{GROUP_MAX, GemmArgs, Packing, PairArgs, groups};
 use crate::device::cpu::rows::ActBlock;
 
 /// Kinds of integer weights, as a constant parameter of the kernel.

@@ -1,7 +1,7 @@
 //! Kernels in plain Rust, written so that the compiler vectorises them for whatever the build's
 //! baseline is. They are also the reference that the other paths must equal.
 
-use super::{GemmArgs, PANEL_ROWS, PairArgs, Packing};
+use super::{GemmArgs, PANEL_ROWS, Packing, PairArgs};
 use crate::device::cpu::rows::{ActBlock, BLOCK, bf16_to};
 
 /// A block's weights, one line of all rows per column.
