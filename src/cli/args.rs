@@ -64,6 +64,8 @@ Exit codes:
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Serve a model over the native protocol until told to stop.
+    Serve(Serve),
     /// Fetch a model into the cache folder, whole and checked.
     Pull(Pull),
     /// List the models that are known and those that are cached.
@@ -298,6 +300,14 @@ impl Cli {
         }
         Err(error)
     }
+}
+
+/// Arguments of `forebay serve`.
+#[derive(Args, Debug)]
+pub struct Serve {
+    /// What is served, and how.
+    #[command(flatten)]
+    pub settings: Settings,
 }
 
 /// Arguments of `forebay pull`.

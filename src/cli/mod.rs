@@ -8,6 +8,8 @@ mod machine;
 mod models;
 pub mod pull;
 mod run;
+mod serve;
+pub mod server;
 mod settings;
 
 use std::process::ExitCode;
@@ -73,9 +75,10 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Pull(args)) => models::pull(&args),
         Some(Command::Models(args)) => models::list(&args),
         Some(Command::Check(args)) => check(&args),
+        Some(Command::Serve(args)) => serve::serve(&args.settings),
         Some(Command::Run(args)) => run::run(&args),
         Some(Command::Bench(args)) => bench(&args),
-        None => Err(Failure::Runtime("nothing to serve with yet".into())),
+        None => serve::serve(&args::Settings::default()),
     }
 }
 

@@ -6,15 +6,17 @@ use super::ConnId;
 use super::connection::{Action, Connection, Connections, Life};
 use super::pipeline::Pipeline;
 use super::settings::{FrontCounters, FrontLinks, FrontSettings};
+
 use super::stream::Phase;
 use super::timers::{Timer, Timers};
 use super::tokenise::Tokenise;
 use crate::base::Instant;
+use crate::message::EVENT_BATCHES;
 use crate::protocol::{ErrorCode, ProtocolError, ServerFrame};
 use crate::request::FinishReason;
 
 /// Event batches worked off in one turn: all there can be.
-const BATCHES_PER_TICK_MAX: usize = FrontLinks::EVENT_BATCHES;
+const BATCHES_PER_TICK_MAX: usize = EVENT_BATCHES;
 
 /// The front core. Calls, in any order but from one thread:
 ///

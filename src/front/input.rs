@@ -261,9 +261,10 @@ impl FrontCore {
             let message = format!("{open} streams are open, as many as a connection may have");
             return Err((RejectReason::TooManyStreams, Some(RETRY_AFTER_MS), message.into()));
         }
-        if prelude.window_tokens > limits.stream_window_tokens_max {
+        // Without credit it would be admitted only to park.
+        if prelude.window_tokens == 0 || prelude.window_tokens > limits.stream_window_tokens_max {
             let message =
-                format!("window_tokens must be at most {}", limits.stream_window_tokens_max);
+                format!("window_tokens must be from 1 to {}", limits.stream_window_tokens_max);
             return Err((RejectReason::Invalid, None, message.into()));
         }
         if prelude.body_bytes() > u64::from(bytes_max) {

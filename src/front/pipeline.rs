@@ -9,7 +9,7 @@ use super::stream::{Phase, Stream, stream_key};
 use super::timers::Timer;
 use super::tokenise::{Tokenise, TokeniseFailure, TokeniseQueue, Tokenised};
 use crate::base::{Instant, Slab, SlabKey};
-use crate::message::{Ask, ControlMessage, EventBatch, RequestMessage, Submission};
+use crate::message::{Ask, ControlMessage, EVENT_BATCHES, EventBatch, RequestMessage, Submission};
 use crate::protocol::{BodyError, Prelude, Prompt, PromptKind, RequestOptions, decode_body};
 use crate::request::{FinishReason, RejectReason, TokenId};
 
@@ -134,7 +134,7 @@ impl Pipeline {
                 self.control_list.pop_front();
                 continue;
             };
-            if self.links.control.free() < FrontLinks::EVENT_BATCHES + 2 {
+            if self.links.control.free() < EVENT_BATCHES + 2 {
                 break;
             }
             stream.is_in_control_list = false;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::flow::Sender;
 use crate::limits::Limits;
-use crate::message::{ControlMessage, EventBatch, RequestMessage};
+use crate::message::{ControlMessage, EVENT_BATCHES, EventBatch, RequestMessage};
 use crate::ring::{Consumer, Doorbell, Producer};
 
 /// More numbers for STATS_REPLY, from elsewhere in the program: appends name and value. Must be
@@ -77,13 +77,10 @@ pub struct FrontLinks {
 }
 
 impl FrontLinks {
-    /// Event batches that circulate between an engine and one front core.
-    pub const EVENT_BATCHES: usize = 4;
-
     /// How many messages the control ring needs room for: one credit and one cancel of each
     /// sequence, and all batches.
     pub fn control_capacity(limits: &Limits) -> usize {
-        2 * limits.sequences_max() as usize + FrontLinks::EVENT_BATCHES
+        2 * limits.sequences_max() as usize + EVENT_BATCHES
     }
 }
 

@@ -7,7 +7,8 @@ use crate::flow::{Receiver, link};
 use crate::front::{Action, ByteTokeniser, CloseHow, ConnId, FrontCore, FrontLinks, FrontSettings};
 use crate::limits::Limits;
 use crate::message::{
-    Ask, ControlMessage, Event, EventBatch, RequestMessage, SeqKey, StreamKey, Submission,
+    Ask, ControlMessage, EVENT_BATCHES, Event, EventBatch, RequestMessage, SeqKey, StreamKey,
+    Submission,
 };
 use crate::protocol::{
     Accepted, Capabilities, ClientFrame, Decoder, Done, Hello, Piece, Request, RequestPrompt,
@@ -69,7 +70,7 @@ impl Harness {
         let bell = Doorbell::new();
         let (sender, requests) = link("requests", 4, Doorbell::new(), bell.clone());
         let (producer, control) = ring(FrontLinks::control_capacity(&settings.limits));
-        let (events, consumer) = ring(FrontLinks::EVENT_BATCHES);
+        let (events, consumer) = ring(EVENT_BATCHES);
         let links = FrontLinks {
             requests: sender,
             control: producer,
@@ -82,7 +83,7 @@ impl Harness {
             requests,
             control,
             events,
-            boxes: (0..FrontLinks::EVENT_BATCHES).map(|_| Box::default()).collect(),
+            boxes: (0..EVENT_BATCHES).map(|_| Box::default()).collect(),
             decoders: BTreeMap::new(),
             received: BTreeMap::new(),
             under_way: BTreeMap::new(),

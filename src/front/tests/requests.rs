@@ -222,14 +222,16 @@ fn an_invalid_prelude_is_refused_without_an_ask() {
         prompt_bytes: 1,
     };
     let too_wide = Prelude { window_tokens: 9, ..good };
+    let no_window = Prelude { window_tokens: 0, ..good };
     let too_long = Prelude { prompt_bytes: 4097, ..good };
     let empty = Prelude { prompt_bytes: 0, ..good };
     let options = Prelude { options_bytes: 9000, ..good };
     for (number, prelude, reason, with) in [
-        (1, too_wide, RejectReason::Invalid, "window_tokens must be at most 8"),
-        (2, too_long, RejectReason::ExceedsCapacity, "at most 4096 bytes"),
-        (3, empty, RejectReason::Invalid, "the prompt is empty"),
-        (4, options, RejectReason::Invalid, "options_bytes must be at most 8192"),
+        (1, too_wide, RejectReason::Invalid, "window_tokens must be from 1 to 8"),
+        (2, no_window, RejectReason::Invalid, "window_tokens must be from 1 to 8"),
+        (3, too_long, RejectReason::ExceedsCapacity, "at most 4096 bytes"),
+        (4, empty, RejectReason::Invalid, "the prompt is empty"),
+        (5, options, RejectReason::Invalid, "options_bytes must be at most 8192"),
     ] {
         let mut bytes = Vec::new();
         encode_request_frame(&mut bytes, number, &prelude, b"some of its body");

@@ -127,11 +127,11 @@ fn credit_before_submission_goes_along_with_it() {
     let mut world = Harness::new();
     let conn = world.welcomed();
     let mut request = text_request("abc");
-    request.window_tokens = 0;
+    request.window_tokens = 1;
     let (head, body) = in_two(1, &request);
     world.send(conn, &head);
     let ask = world.ask();
-    assert_eq!(ask.window_tokens, 0);
+    assert_eq!(ask.window_tokens, 1);
     world.send_frame(conn, ClientFrame::Credit { stream: 1, tokens: 3 });
     let seq = world.grant(&ask);
     assert!(world.controls().is_empty());
