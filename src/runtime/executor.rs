@@ -121,19 +121,21 @@ fn prepare(cpu: Option<usize>) -> io::Result<()> {
 }
 
 enum Engine {
-    Glommio(glommio::LocalExecutor, PollRing),
+    Glommio(Box<(glommio::LocalExecutor, PollRing)>),
     Epoll(EpollLoop),
 }
 
 impl Engine {
     fn new_glommio() -> io::Result<Engine> {
+        // First, as glommio panics where rings are denied, and this says so.
+        let polls = PollRing::new()?;
         let executor = LocalExecutorBuilder::new(Placement::Unbound)
             .io_memory(IO_MEMORY_BYTES)
             .ring_depth(RING_DEPTH)
             .preempt_timer(PREEMPT_AFTER)
             .make()
             .map_err(|e| io::Error::other(format!("glommio: {e}")))?;
-        Ok(Engine::Glommio(executor, PollRing::new()?))
+        Ok(Engine::Glommio(Box::new((executor, polls))))
     }
 
     fn new_epoll() -> io::Result<Engine> {
@@ -147,7 +149,10 @@ impl Engine {
         Fut::Output: 'static,
     {
         match self {
-            Engine::Glommio(executor, polls) => run_glommio(&executor, polls, pulse, make),
+            Engine::Glommio(engine) => {
+                let (executor, polls) = *engine;
+                run_glommio(&executor, polls, pulse, make)
+            }
             Engine::Epoll(on) => {
                 let (executor, on) = (Rc::new(LocalExecutor::new()), Rc::new(on));
                 let place = Place::Epoll { executor: Rc::downgrade(&executor), on: on.clone() };
