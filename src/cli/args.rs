@@ -1,7 +1,6 @@
 //! What may be written on the command line.
 
 use std::ffi::OsString;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::error::ErrorKind;
@@ -48,6 +47,9 @@ Examples:
   forebay models                           what is known, what is cached
   forebay check forebay.toml               what is wrong in a configuration file
   forebay plan --kv-pool 4GiB              core map and memory envelope, without serving
+  forebay run 'Why is the sky blue?'       one answer
+  forebay chat                             a conversation
+  forebay bench --concurrency 32           throughput and latency under load
 
 Settings come from the file of --config, then from the environment (kv.pool_bytes is
 FOREBAY_KV_POOL_BYTES there), then from flags; the last one counts. `forebay check` without a
@@ -73,12 +75,28 @@ pub enum Command {
     /// Answer one prompt in this process, printed as it comes.
     #[command(after_help = RUN_HELP)]
     Run(Run),
+    /// Talk with a model over the native protocol.
+    #[command(after_help = CHAT_HELP)]
+    Chat(Chat),
     /// Measure a server under load: times, throughput, goodput, refusals.
     #[command(after_help = BENCH_HELP)]
     Bench(Bench),
+    /// Show which CPU would do what, and how much memory it would take at most.
+    Plan(Plan),
     /// Say what is wrong in a configuration, all at once, or print the settings in force.
     #[command(after_help = CHECK_HELP, after_long_help = check_long_help())]
     Check(Check),
+}
+
+/// Arguments of `forebay plan`.
+#[derive(Args, Debug)]
+pub struct Plan {
+    /// As JSON, for programs.
+    #[arg(long)]
+    pub json: bool,
+    /// The configuration to plan for.
+    #[command(flatten)]
+    pub settings: Settings,
 }
 
 const CHECK_HELP: &str = "\
@@ -156,6 +174,39 @@ pub struct Run {
     pub settings: Settings,
 }
 
+const CHAT_HELP: &str = "\
+Without --connect, chat talks to the server at the configured address (127.0.0.1:7070) if one
+answers there and no setting is given here; else it starts one in this process, on a free port.
+
+Examples:
+  forebay chat
+  forebay chat --connect 127.0.0.1:7070 --system 'Answer in one sentence.'
+";
+
+/// Arguments of `forebay chat`.
+#[derive(Args, Debug)]
+pub struct Chat {
+    /// The server's address.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub connect: Option<String>,
+    /// Instructions that come before the conversation.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Tokens of one answer at most.
+    #[arg(long, short = 'n', value_name = "N", default_value = "1024",
+          value_parser = value_parser!(u32).range(1..))]
+    pub max_tokens: u32,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: Sampling,
+    /// Show times and rate also when the input is no terminal.
+    #[arg(long)]
+    pub stats: bool,
+    /// For a server in this process.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
 /// How tokens are chosen, for `run` and `chat`.
 #[derive(Args, Debug)]
 pub struct Sampling {
@@ -221,10 +272,10 @@ Examples:
 /// Arguments of `forebay bench`.
 #[derive(Args, Debug)]
 pub struct Bench {
-    /// The server's address. Without it: the default address if a server answers there, else a
-    /// server in this process.
-    #[arg(long, value_name = "IP:PORT")]
-    pub connect: Option<SocketAddr>,
+    /// The server's address. Without it: the configured one if a server answers there and no
+    /// setting is given here, else a server in this process.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub connect: Option<String>,
     /// Closed loop: so many requests in progress [default: 8, when there is no --rate].
     #[arg(long, short, value_name = "N", conflicts_with = "rate",
           value_parser = value_parser!(u32).range(1..=65536))]
@@ -282,6 +333,15 @@ fn positive(text: &str) -> Result<f64, String> {
     match not_negative(text) {
         Ok(number) if number >= 0.001 => Ok(number),
         _ => Err("must be a number from 0.001 to 100000".into()),
+    }
+}
+
+impl Settings {
+    /// Whether no setting was given on the command line (a configuration file may be).
+    pub fn is_empty(&self) -> bool {
+        let Settings { config: _, set, model, listen, kv_pool, threads, isa, io } = self;
+        let named = [model, listen, kv_pool, threads, isa, io];
+        set.is_empty() && named.iter().all(|value| value.is_none())
     }
 }
 

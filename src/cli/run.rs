@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::Failure;
 use super::args;
 use super::pull::{self, Progress};
-use crate::config::{Config, Isa};
+use crate::config::Config;
 use crate::device::cpu::{self, CpuBackend, CpuOptions};
 use crate::message::{BLOCK_POSITIONS, PlanRow, SeqKey, SlotSetup, Step};
 use crate::model::{ChatTemplate, Gguf, Message, ModelConfig, Tokenizer, Utf8Assembler};
@@ -239,23 +239,15 @@ fn load(
     tokens_max: usize,
     chunk_tokens_max: usize,
 ) -> Result<CpuBackend, Failure> {
-    let cpus = core_affinity::get_core_ids().unwrap_or_default();
-    let threads = config.compute.threads.unwrap_or(cpus.len()).max(1);
-    // More workers than CPUs: pinning would stack them up.
-    let is_pinned = threads <= cpus.len();
+    let workers = super::plan::core_map(config, &crate::runtime::probe()).workers;
     let options = CpuOptions {
-        cpus: (0..threads).map(|worker| is_pinned.then(|| cpus[worker].id)).collect(),
+        cpus: workers,
         kv_blocks: tokens_max.div_ceil(BLOCK_POSITIONS) as u32,
         rows_max: 1,
         step_tokens_max: chunk_tokens_max.min(tokens_max),
         context_max: tokens_max.min(shape.context),
         sampled_rows_max: 1,
-        isa: match config.compute.isa {
-            Isa::Auto => None,
-            Isa::Avx512 => Some(cpu::Isa::Avx512),
-            Isa::Avx2 => Some(cpu::Isa::Avx2),
-            Isa::Portable => Some(cpu::Isa::Portable),
-        },
+        isa: super::server::chosen_isa(config.compute.isa),
     };
     // Nobody waits for a bell here: `CpuBackend::run` polls.
     CpuBackend::load(gguf, &options, Box::new(|| ())).map_err(|error| match error {

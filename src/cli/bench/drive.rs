@@ -11,9 +11,12 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::session::{Seen, ServerInfo, Session};
 use super::tally::{End, Progress, Slo, Tally};
-use super::workload::{Arrivals, Lengths, Workload};
+use super::workload::{Arrivals, Job, Lengths, Workload};
+use crate::client::{
+    ClientCore, ClientError, ClientOptions, Event, Request, RequestPrompt, ServerInfo,
+};
+use crate::protocol::Capabilities;
 use crate::request::FinishReason;
 
 /// What to run.
@@ -81,11 +84,68 @@ const REFUSED_PAUSE_MS: u32 = 100;
 /// is only its intended time; those beyond count as unsent.
 const BACKLOG_MAX: usize = 1 << 20;
 
+/// Credit that a request begins with, and that is kept topped up: the generator reads as fast as
+/// the server sends.
+const WINDOW_TOKENS: u32 = 256;
+
 struct Connection {
-    session: Session,
+    core: ClientCore,
     /// The requests of its streams.
     requests: BTreeMap<u32, Progress>,
+    /// Requests that may be sent and are not answered yet: what is left of the server's credit.
+    request_credit: u32,
     broken: bool,
+}
+
+impl Connection {
+    fn new(core: ClientCore) -> Connection {
+        let request_credit = core.info().expect("the handshake is done").request_credit;
+        Connection { core, requests: BTreeMap::new(), request_credit, broken: false }
+    }
+
+    fn streams_max(&self) -> usize {
+        self.core.info().map_or(0, |info| info.streams_max as usize)
+    }
+
+    /// Whether a request would be sent at once. (The client would hold it back otherwise, and its
+    /// lateness would not be seen.)
+    fn is_free(&self) -> bool {
+        !self.is_leaving() && self.request_credit > 0 && self.requests.len() < self.streams_max()
+    }
+
+    /// Whether it takes no more requests.
+    fn is_leaving(&self) -> bool {
+        self.broken || self.core.going_away_ms().is_some()
+    }
+
+    /// Returns the request when it can never be sent.
+    fn begin(&mut self, job: Job, progress: Progress) -> Result<(), Progress> {
+        let mut request = Request::new(RequestPrompt::Tokens(job.prompt));
+        request.max_tokens = Some(job.output_tokens);
+        request.window_tokens = WINDOW_TOKENS;
+        request.options.ignore_eos = true;
+        request.options.sampling.temperature = 0.0;
+        // The connection has just ended, or the server takes no requests so long.
+        let Ok(stream) = self.core.start(&request) else { return Err(progress) };
+        self.requests.insert(stream, progress);
+        self.request_credit -= 1;
+        Ok(())
+    }
+
+    /// All that is to be sent now.
+    fn take_out(&mut self) -> Vec<u8> {
+        let mut out = Vec::new();
+        while self.core.wants_to_send() {
+            let bytes = self.core.outgoing();
+            if bytes.is_empty() {
+                break;
+            }
+            out.extend_from_slice(bytes);
+            let count = bytes.len();
+            self.core.handle_sent(count);
+        }
+        out
+    }
 }
 
 /// What sender and readers share.
@@ -128,11 +188,11 @@ pub fn run(plan: &Plan, show: &mut dyn FnMut(Duration, &Tally)) -> Result<Outcom
     let mut sockets = Vec::new();
     let mut connections = Vec::new();
     for _ in 0..plan.connections {
-        let (socket, session) = connect(plan.target)?;
+        let (socket, core) = connect(plan.target)?;
         sockets.push(socket);
-        connections.push(Connection { session, requests: BTreeMap::new(), broken: false });
+        connections.push(Connection::new(core));
     }
-    let server = connections[0].session.server().expect("connect waits for it").clone();
+    let server = connections[0].core.info().expect("the handshake is done").clone();
     let measured = plan.warm_up.as_nanos() as u64;
     let end = measured + plan.duration.as_nanos() as u64;
     let mut state = State {
@@ -170,26 +230,38 @@ pub fn run(plan: &Plan, show: &mut dyn FnMut(Duration, &Tally)) -> Result<Outcom
     Ok(Outcome { server, tally: state.tally, cpu_share })
 }
 
-fn connect(target: SocketAddr) -> Result<(TcpStream, Session), DriveError> {
+fn connect(target: SocketAddr) -> Result<(TcpStream, ClientCore), DriveError> {
     let failed = |source| DriveError::Connect { target, source };
     let mut socket = TcpStream::connect_timeout(&target, Duration::from_secs(5)).map_err(failed)?;
     socket.set_nodelay(true).map_err(failed)?;
     socket.set_read_timeout(Some(Duration::from_secs(10))).map_err(failed)?;
     let strange = |what: String| DriveError::Handshake { target, what };
-    let mut session = Session::new();
-    socket.write_all(&session.take_out()).map_err(|e| strange(e.to_string()))?;
+    let options = ClientOptions {
+        name: concat!("forebay-bench/", env!("CARGO_PKG_VERSION")).to_owned(),
+        ..ClientOptions::default()
+    };
+    let mut core = ClientCore::new(&options);
+    let hello = core.outgoing().to_vec();
+    socket.write_all(&hello).map_err(|e| strange(e.to_string()))?;
+    core.handle_sent(hello.len());
     let mut buffer = [0; 4096];
-    while session.server().is_none() {
+    let info = loop {
+        if let Some(info) = core.info() {
+            break info;
+        }
         let count = socket.read(&mut buffer).map_err(|e| strange(e.to_string()))?;
         if count == 0 {
             return Err(strange("it closed the connection".into()));
         }
-        session.handle(&buffer[..count], &mut |_, _| {}).map_err(strange)?;
+        core.handle_received(&buffer[..count]).map_err(|e| strange(e.to_string()))?;
+    };
+    if !info.capabilities.contains(Capabilities::TOKEN_PROMPTS) {
+        return Err(strange("it takes no prompts of token ids".into()));
     }
     socket.set_read_timeout(None).map_err(failed)?;
     // A server that stops reading breaks its own rules; it must not hang the generator.
     socket.set_write_timeout(Some(Duration::from_secs(10))).map_err(failed)?;
-    Ok((socket, session))
+    Ok((socket, core))
 }
 
 /// One connection's reader.
@@ -197,10 +269,10 @@ fn read(shared: &Shared, index: usize, mut socket: &TcpStream) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         let result = match socket.read(&mut buffer) {
-            Ok(0) => Err("closed".to_owned()),
+            Ok(0) => Err(ClientError::Closed),
             Ok(count) => Ok(count),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(error.into()),
         };
         // Taken before the lock: waiting for it is the generator's time, not the server's.
         let now_ns = shared.now_ns();
@@ -225,38 +297,57 @@ impl State {
         index: usize,
         bytes: &[u8],
         now_ns: u64,
-    ) -> Result<(), String> {
-        let State { connections, tally, places, news, .. } = self;
-        let Connection { session, requests, .. } = &mut connections[index];
-        session.handle(bytes, &mut |stream, seen| {
-            if let Seen::Tokens(count) = seen {
-                let request = requests.get_mut(&stream).expect("an open stream has a request");
-                tally.tokens(request, count, now_ns);
-                return;
+    ) -> Result<(), ClientError> {
+        self.connections[index].core.handle_received(bytes)?;
+        let streams: Vec<u32> = self.connections[index].requests.keys().copied().collect();
+        for stream in streams {
+            while let Some(event) = self.connections[index].core.poll_event(stream)? {
+                self.handle_event(shared, index, stream, &event, now_ns);
             }
-            let request = requests.remove(&stream).expect("an open stream has a request");
-            let (end, pause_ms) = match seen {
-                Seen::Rejected(why, wait) => {
-                    (End::Rejected(why.name()), wait.unwrap_or(REFUSED_PAUSE_MS))
-                }
-                Seen::Done(done) => match done.finish {
-                    FinishReason::MaxTokens | FinishReason::ContextFull => (End::Complete, 0),
-                    why => (End::Early(why.name()), 0),
-                },
-                Seen::Tokens(_) => unreachable!("handled above"),
-            };
-            tally.end(&request, end, now_ns);
-            if shared.closed {
-                places.push(Reverse(now_ns + u64::from(pause_ms) * 1_000_000));
-            }
-        })?;
+        }
         // Also when only credit came or is owed: the sender writes everything.
-        *news = true;
+        self.news = true;
         Ok(())
     }
 
+    fn handle_event(
+        &mut self,
+        shared: &Shared,
+        index: usize,
+        stream: u32,
+        event: &Event,
+        now_ns: u64,
+    ) {
+        let connection = &mut self.connections[index];
+        let request = connection.requests.get_mut(&stream).expect("only open streams are asked");
+        // ACCEPTED and REJECTED answer a request, and so does an end that comes instead.
+        if !request.is_answered {
+            request.is_answered = true;
+            connection.request_credit += 1;
+        }
+        let (end, pause_ms) = match event {
+            Event::Tokens(tokens) => {
+                return self.tally.tokens(request, tokens.ids.len() as u32, now_ns);
+            }
+            Event::Accepted(_) | Event::Paused | Event::Resumed => return,
+            Event::Rejected(rejection) => {
+                let pause_ms = rejection.retry_after_ms.unwrap_or(REFUSED_PAUSE_MS);
+                (End::Rejected(rejection.reason.name()), pause_ms)
+            }
+            Event::Done(done) => match done.finish {
+                FinishReason::MaxTokens | FinishReason::ContextFull => (End::Complete, 0),
+                why => (End::Early(why.name()), 0),
+            },
+        };
+        self.tally.end(request, end, now_ns);
+        connection.requests.remove(&stream);
+        if shared.closed {
+            self.places.push(Reverse(now_ns + u64::from(pause_ms) * 1_000_000));
+        }
+    }
+
     /// The connection is gone, and its requests with it.
-    fn lose(&mut self, shared: &Shared, index: usize, why: &str, now_ns: u64) {
+    fn lose(&mut self, shared: &Shared, index: usize, why: &ClientError, now_ns: u64) {
         let connection = &mut self.connections[index];
         if !connection.broken && !connection.requests.is_empty() {
             tracing::debug!("connection {index} ended: {why}");
@@ -278,8 +369,7 @@ impl State {
 
     /// A connection that may carry another request: the one with the fewest.
     fn free_connection(&self) -> Option<usize> {
-        let free = |c: &Connection| !c.broken && c.session.can_request();
-        let connections = self.connections.iter().enumerate().filter(|(_, c)| free(c));
+        let connections = self.connections.iter().enumerate().filter(|(_, c)| c.is_free());
         connections.min_by_key(|(_, c)| c.requests.len()).map(|(index, _)| index)
     }
 }
@@ -296,8 +386,14 @@ struct Sender<'a> {
 impl<'a> Sender<'a> {
     fn new(plan: &Plan, server: &ServerInfo, shared: &'a Shared, end_ns: u64) -> Sender<'a> {
         let Plan { prompt, output, arrivals, seed, .. } = *plan;
-        let mut workload =
-            Workload::new(prompt, output, arrivals, seed, server.vocab, server.context);
+        let mut workload = Workload::new(
+            prompt,
+            output,
+            arrivals,
+            seed,
+            server.vocab_tokens,
+            server.context_tokens,
+        );
         let arrival_ns = matches!(arrivals, Arrivals::Open(_)).then(|| workload.arrival_ns());
         let give_up_ns = end_ns + plan.grace.as_nanos() as u64;
         Sender { shared, workload, arrival_ns, end_ns, give_up_ns }
@@ -313,13 +409,13 @@ impl<'a> Sender<'a> {
             self.arrive(&mut state, now_ns);
             self.begin(&mut state, now_ns);
             let out: Vec<Vec<u8>> =
-                state.connections.iter_mut().map(|c| c.session.take_out()).collect();
+                state.connections.iter_mut().map(Connection::take_out).collect();
             if now_ns >= shown_ns + SHOW_NS {
                 shown_ns = now_ns;
                 show(Duration::from_nanos(now_ns), &state.tally);
             }
             let begun_all = now_ns >= self.end_ns && state.backlog.is_empty();
-            let gone = state.connections.iter().all(|c| c.broken || c.session.is_going_away());
+            let gone = state.connections.iter().all(Connection::is_leaving);
             if (begun_all || gone) && !state.in_progress() || now_ns >= self.give_up_ns {
                 for arrival in std::mem::take(&mut state.backlog) {
                     state.tally.unsent(arrival);
@@ -381,9 +477,12 @@ impl<'a> Sender<'a> {
             let job = self.workload.job();
             let request = Progress::begin(intended_ns, job.prompt.len() as u32);
             state.tally.sent(&request, now_ns);
-            let connection = &mut state.connections[index];
-            let stream = connection.session.request(job);
-            connection.requests.insert(stream, request);
+            if let Err(request) = state.connections[index].begin(job, request) {
+                state.tally.end(&request, End::Rejected("not_sendable"), now_ns);
+                if self.shared.closed {
+                    state.places.push(Reverse(now_ns + u64::from(REFUSED_PAUSE_MS) * 1_000_000));
+                }
+            }
         }
     }
 

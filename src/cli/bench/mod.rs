@@ -2,7 +2,6 @@
 
 mod drive;
 mod report;
-mod session;
 mod tally;
 mod workload;
 

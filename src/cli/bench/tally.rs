@@ -25,13 +25,22 @@ pub struct Progress {
     first_ns: Option<u64>,
     last_ns: u64,
     tokens: u32,
+    /// The server has said whether it takes it.
+    pub is_answered: bool,
 }
 
 impl Progress {
     /// A request that was meant to begin now. In an open loop that is when it arrives, however
     /// late it is sent: a generator or server that falls behind must not look faster for it.
     pub fn begin(intended_ns: u64, prompt_tokens: u32) -> Progress {
-        Progress { intended_ns, prompt_tokens, first_ns: None, last_ns: intended_ns, tokens: 0 }
+        Progress {
+            intended_ns,
+            prompt_tokens,
+            first_ns: None,
+            last_ns: intended_ns,
+            tokens: 0,
+            is_answered: false,
+        }
     }
 
     fn ttft_ns(&self) -> Option<u64> {
