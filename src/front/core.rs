@@ -114,6 +114,16 @@ impl FrontCore {
         self.put_in_action_list(conn);
     }
 
+    /// The shell cannot send on a connection: it is ending. Nothing more is asked for it but to
+    /// close it.
+    pub fn handle_send_refused(&mut self, conn: ConnId, now: Instant) {
+        self.end_streams(conn);
+        self.close_politely(conn, now);
+        if let Some(connection) = self.connections.get_mut(conn) {
+            connection.is_overdue = true;
+        }
+    }
+
     /// A connection ended; whatever it had going on is cancelled.
     pub fn handle_closed(&mut self, conn: ConnId, _now: Instant) {
         let Some(connection) = self.connections.remove(conn) else { return };

@@ -68,9 +68,9 @@ fn handle(core: &mut FrontCore, event: NetEvent<'_>, now: Instant) {
 fn carry_out(core: &mut FrontCore, net: &mut Net, action: Action, now: Instant) {
     match action {
         Action::Send { conn, bytes } => {
-            if let Err(bytes) = net.send(conn, bytes) {
+            if net.send(conn, bytes).is_err() {
                 // The connection is ending; its `Closed` is on the way.
-                core.handle_sent(conn, bytes, 0, now);
+                core.handle_send_refused(conn, now);
             }
         }
         Action::PauseReading { conn } => net.pause_reading(conn),

@@ -4,20 +4,20 @@
 //! a message contains never does, whatever it spells. Telling the two apart in the output of a
 //! program that may trim, cut and compare is done by rendering twice:
 //!
-//! - once with every character of every content *shadowed*: replaced, one for one, by a
-//!   private-use character of planes 15 and 16 (white space stays, so that trimming works). In
-//!   this output a control token can only have come from the template. It is exact unless the
-//!   template looks at what a content says, as some do to drop a model's earlier reasoning;
-//! - once with the contents as they are, except that the first character of each control token's
-//!   name in them is shadowed.
+//! - once with each content *disguised* by one private-use character that stands in for it
+//!   (white space around a content stays, so that trimming works). In this output a control token
+//!   can only have come from the template. It is exact unless the template looks at what a
+//!   content says, as some do to drop a model's earlier reasoning;
+//! - once with the contents as they are, except that the names of control tokens in them are
+//!   broken by a private-use character.
 //!
-//! When both say the same, the first is taken. When they differ, the template has looked: then the
-//! second is taken if it has the same control tokens in the same order, otherwise the first, which
-//! is safe in any case.
+//! The second is taken when it has the same control tokens in the same order as the first: then
+//! all of them are the template's. Otherwise an edit of the template's has made one out of a
+//! content, and the first is taken, which is safe in any case.
 //!
 //! Core: front cores.
 
-mod shadow;
+mod disguise;
 
 #[cfg(test)]
 mod tests;
@@ -29,8 +29,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value, context};
 
 use crate::model::gguf::Gguf;
 use crate::model::tokenizer::{Prompt, Tokenizer};
-use crate::request::TokenId;
-use shadow::Shadow;
+use disguise::Disguise;
 
 /// A message of a conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,10 +47,10 @@ pub const ROLES: [&str; 5] = ["system", "user", "assistant", "tool", "developer"
 /// Largest template: the longest in use, with tool calling, have some 20 KB.
 const SOURCE_BYTES_MAX: usize = 256 << 10;
 /// A render's budget of work and memory, about one unit an instruction or 64 bytes of strings
-/// made: 64 MB, where a conversation of 1 MiB makes some 16 MB in the usual templates.
+/// made: 64 MB, where a conversation of 1 MiB makes some 5 MB in the usual templates.
 const FUEL: u64 = 1_000_000;
-/// Longest output: four bytes a character of the largest frame, four times.
-const OUTPUT_BYTES_MAX: usize = 16 << 20;
+/// Longest output: eight times the largest frame.
+const OUTPUT_BYTES_MAX: usize = 8 << 20;
 /// Deepest recursion of macros and loops.
 const RECURSION_MAX: usize = 100;
 
@@ -140,7 +139,7 @@ impl ChatTemplate {
             let problem = format!("it has {len} bytes, and at most {SOURCE_BYTES_MAX} are allowed");
             return Err(unusable(problem));
         }
-        if [source, &bos, &eos].iter().any(|text| text.chars().any(shadow::is_shadow)) {
+        if [source, &bos, &eos].iter().any(|text| text.chars().any(disguise::is_reserved)) {
             let problem = "it has private-use characters of planes 15 or 16 in it";
             return Err(unusable(problem.into()));
         }
@@ -169,20 +168,18 @@ impl ChatTemplate {
         if let Some(message) = messages.iter().find(|message| !ROLES.contains(&message.role)) {
             return Err(TemplateError::Role(message.role.chars().take(40).collect()));
         }
-        let mut shadow = Shadow::default();
-        let output = |content_of: &mut dyn FnMut(&str) -> Option<String>| {
-            let contents: Option<Vec<String>> =
-                messages.iter().map(|message| content_of(message.content)).collect();
-            let contents = contents.ok_or(TemplateError::TooLarge)?;
-            self.output(messages, contents, add_generation_prompt)
-        };
-        let shadowed = output(&mut |content| shadow.all(content))?;
-        let plain = output(&mut |content| shadow.names(content, tokenizer))?;
-        let is_same = shadow.lifted(&shadowed).eq(shadow.lifted(&plain));
-        let controls = |output| tokenizer.controls(output).map(|(_, token)| token);
-        let chosen =
-            if is_same || !controls(&shadowed).eq(controls(&plain)) { &shadowed } else { &plain };
-        Ok(prompt(chosen, &shadow, tokenizer))
+        let contents = messages.iter().map(|message| message.content).collect();
+        let disguise = Disguise::new(contents).ok_or(TemplateError::TooLarge)?;
+        let safe = self.output(messages, disguise.stand_ins(), add_generation_prompt)?;
+        let real =
+            self.output(messages, disguise.broken_names(tokenizer), add_generation_prompt)?;
+        let safe = Prompt::of(&safe, tokenizer, |part, text| disguise.lift_stand_ins(part, text));
+        let real = Prompt::of(&real, tokenizer, |part, text| disguise.lift_names(part, text));
+        let mut prompt = if safe.tokens().eq(real.tokens()) { real } else { safe };
+        if let Some(bos) = tokenizer.leading_bos() {
+            prompt.begin_with(bos);
+        }
+        Ok(prompt)
     }
 
     /// More tokens than this a template's own markup never becomes, for a conversation of
@@ -195,7 +192,7 @@ impl ChatTemplate {
     fn output(
         &self,
         messages: &[Message<'_>],
-        contents: Vec<String>,
+        contents: impl Iterator<Item = String>,
         add_generation_prompt: bool,
     ) -> Result<String, TemplateError> {
         let messages: Vec<Value> = messages
@@ -298,28 +295,6 @@ fn failure(error: &Error) -> TemplateError {
         ErrorKind::OutOfFuel => TemplateError::TooLarge,
         _ => TemplateError::Failed(explained(error)),
     }
-}
-
-/// Cuts an output at its control tokens and lifts the shadow from what is between.
-fn prompt(output: &str, shadow: &Shadow, tokenizer: &Tokenizer) -> Prompt {
-    let mut prompt = Prompt::new();
-    let mut text = String::new();
-    let mut done = 0;
-    let controls: Vec<(std::ops::Range<usize>, TokenId)> = tokenizer.controls(output).collect();
-    for (range, token) in controls {
-        text.clear();
-        text.extend(shadow.lifted(&output[done..range.start]));
-        prompt.push_text(&text);
-        prompt.push_token(token);
-        done = range.end;
-    }
-    text.clear();
-    text.extend(shadow.lifted(&output[done..]));
-    prompt.push_text(&text);
-    if let Some(bos) = tokenizer.leading_bos() {
-        prompt.begin_with(bos);
-    }
-    prompt
 }
 
 /// Takes a template's output up to its bound.

@@ -120,6 +120,7 @@ pub fn wait_for_stat(client: &Client, name: &str, wanted: u64) {
 pub fn chat(text: &str) -> Request {
     let mut request = Request::new(RequestPrompt::Messages(vec![(Role::User, text.to_owned())]));
     request.options.sampling.temperature = 0.0;
+    request.max_tokens = Some(200);
     request
 }
 

@@ -48,7 +48,7 @@ fn a_client_written_in_python_from_the_specification_works() {
     let address = rig.server().address();
     let output = Command::new("python3")
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/native.py"))
-        .args(["--connect", &address.to_string(), "--max-tokens", "24"])
+        .args(["--max-tokens", "24", "--temperature", "0", &address.to_string()])
         .arg("What is the capital of France? Answer briefly.")
         .output()
         .unwrap();

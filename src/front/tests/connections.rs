@@ -275,3 +275,18 @@ fn an_engine_that_is_gone_ends_every_connection_with_a_word() {
     assert_eq!((world.core.connections(), world.core.streams()), (0, 0));
     assert!(world.now > Instant::ZERO || world.core.next_timeout().is_none());
 }
+
+#[test]
+fn a_connection_that_cannot_be_sent_on_is_given_up_at_once() {
+    let mut world = Harness::new();
+    let conn = world.welcomed();
+    let (_, seq) = world.running(conn, 1);
+    world.stalled.insert(conn);
+    world.send_frame(conn, ClientFrame::Ping(1));
+    world.under_way.remove(&conn);
+    world.core.handle_send_refused(conn, world.now);
+    world.settle();
+    assert_eq!(world.closed.get(&conn), Some(&CloseHow::Now));
+    let controls = world.controls();
+    assert!(matches!(controls[..], [ControlMessage::Cancel { seq: s, .. }] if s == seq));
+}

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::model::gguf::testing::{GgufFile, Meta};
 use crate::model::tokenizer::Segment;
+use crate::request::TokenId;
 
 const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != \
     'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by \
@@ -154,6 +155,24 @@ fn what_a_template_refuses_is_told_in_its_words() {
 }
 
 #[test]
+fn the_metadata_may_have_a_template_or_none() {
+    let mut file = GgufFile::default();
+    file.set("tokenizer.ggml.bos_token_id", Meta::U32(4));
+    let from = |file: &GgufFile| {
+        let gguf = Gguf::from_bytes(file.bytes()).expect("valid");
+        ChatTemplate::from_gguf(&gguf, &TOKENIZER)
+    };
+    assert!(from(&file).expect("no error").is_none());
+    file.set("tokenizer.chat_template", Meta::Text(TRIMMING));
+    let template = from(&file).expect("compiles").expect("there is one");
+    let message = Message { role: "user", content: "a" };
+    let prompt = template.render(&TOKENIZER, &[message], true).expect("renders");
+    assert_eq!(shown(&prompt), "[<s>][<|im_start|>]user\na[<|im_end|>]");
+    file.set("tokenizer.chat_template", Meta::U32(4));
+    assert!(from(&file).expect_err("a number").to_string().contains("tokenizer.chat_template"));
+}
+
+#[test]
 fn broken_templates_are_refused_when_loaded() {
     let refusal = |source: &str| {
         ChatTemplate::new(source, String::new(), String::new(), &TOKENIZER)
@@ -204,7 +223,7 @@ fn the_bound_on_a_templates_own_tokens_holds_for_long_conversations() {
 
 #[test]
 fn every_character_survives_a_conversation() {
-    let content: String = (0..0x11_0000u32).step_by(17).filter_map(char::from_u32).collect();
+    let content: String = (0..0x11_0000u32).step_by(3).filter_map(char::from_u32).collect();
     let text = rendered(SMOLLM2, &[("system", ""), ("user", &content)]);
     assert!(text.contains(&content));
 }
@@ -247,11 +266,7 @@ proptest! {
                     Message { role: "assistant", content: second },
                 ];
                 let prompt = template.render(&TOKENIZER, &messages, true).expect("renders");
-                let control = |segment: &Segment| match segment {
-                    Segment::Token(token) => Some(*token),
-                    Segment::Text(_) => None,
-                };
-                prompt.segments().iter().filter_map(control).collect::<Vec<TokenId>>()
+                prompt.tokens().collect::<Vec<TokenId>>()
             };
             prop_assert_eq!(controls(&first, &second), controls("a", "b"));
         }

@@ -28,6 +28,29 @@ impl Prompt {
         Prompt::default()
     }
 
+    /// Cuts a template's output at its control tokens; `lift` appends a part between two of them
+    /// to a text, in its final form.
+    pub(crate) fn of(
+        output: &str,
+        tokenizer: &Tokenizer,
+        lift: impl Fn(&str, &mut String),
+    ) -> Prompt {
+        let mut prompt = Prompt::new();
+        let mut done = 0;
+        let end = (output.len()..output.len(), None);
+        let controls = tokenizer.controls(output).map(|(range, token)| (range, Some(token)));
+        for (range, token) in controls.chain([end]) {
+            let mut text = String::with_capacity(range.start - done);
+            lift(&output[done..range.start], &mut text);
+            if !text.is_empty() {
+                prompt.segments.push(Segment::Text(text));
+            }
+            prompt.segments.extend(token.map(Segment::Token));
+            done = range.end;
+        }
+        prompt
+    }
+
     /// Appends text. Neighbouring texts are tokenised as one.
     pub fn push_text(&mut self, text: &str) {
         match self.segments.last_mut() {
@@ -52,6 +75,14 @@ impl Prompt {
     /// Its pieces, in order.
     pub fn segments(&self) -> &[Segment] {
         &self.segments
+    }
+
+    /// The tokens in it that are given as such, in order.
+    pub fn tokens(&self) -> impl Iterator<Item = TokenId> + '_ {
+        self.segments.iter().filter_map(|segment| match segment {
+            Segment::Token(token) => Some(*token),
+            Segment::Text(_) => None,
+        })
     }
 
     /// More tokens than this it cannot become: one a byte of text, one a token.

@@ -4,7 +4,7 @@
 //! spells. Control tokens come from the chat template's own markup alone, see
 //! [`crate::model::template`].
 //!
-//! Text is cut into words ([`split`]) and the byte pairs of each word are merged by the
+//! Text is cut into words (`split.rs`) and the byte pairs of each word are merged by the
 //! `tokenizers` crate. No Unicode normalisation is applied.
 //!
 //! Core: front cores encode; the engine reads the [`TokenTable`].
