@@ -2,7 +2,7 @@
 //! for the flight recorders. A task hears of them by a descriptor.
 
 use std::io::{self, ErrorKind, Read};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,6 +20,12 @@ pub enum Wish {
     Drain,
     /// SIGUSR1: dump the flight recorders.
     Dump,
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
 }
 
 /// The process's signals. Made once; it is never undone, so that an end asked for late in a drain
