@@ -183,14 +183,25 @@ fn waits_for_descriptors_can_be_given_up_and_shared(flavour: Flavour) {
     assert!(executor.join().unwrap(), "a descriptor that is not one is an error");
 }
 
-fn tasks_that_only_yield_starve_neither_timers_nor_descriptors(flavour: Flavour) {
+fn tasks_that_are_always_ready_starve_neither_timers_nor_descriptors(flavour: Flavour) {
     let executor = start(flavour, |local| async move {
         let own = local.clone();
-        local.spawn("busy", async move {
+        local.spawn("yields", async move {
             loop {
                 own.yield_now().await;
             }
         });
+        // Two that wake each other, as an engine and an instant device would.
+        let bells = [Rc::new(Flag::default()), Rc::new(Flag::default())];
+        for (mine, other) in [(0, 1), (1, 0)] {
+            let (mine, other) = (bells[mine].clone(), bells[other].clone());
+            local.spawn("rings", async move {
+                loop {
+                    other.set();
+                    mine.wait().await;
+                }
+            });
+        }
         let (reader, mut writer) = UnixStream::pair().unwrap();
         for _ in 0..5 {
             local.sleep_until(local.now().plus_ms(1)).await;
@@ -331,7 +342,7 @@ for_both_flavours!(
     a_sleeping_executor_is_woken_from_another_thread,
     a_task_waits_for_a_descriptor_and_for_its_end,
     waits_for_descriptors_can_be_given_up_and_shared,
-    tasks_that_only_yield_starve_neither_timers_nor_descriptors,
+    tasks_that_are_always_ready_starve_neither_timers_nor_descriptors,
     what_tasks_hold_is_dropped_before_the_executor_is_joined,
     a_panic_in_a_task_ends_its_executor,
     what_keeps_an_executor_from_starting_is_reported_at_once,

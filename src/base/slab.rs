@@ -184,7 +184,66 @@ impl<T> Slab<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
     use super::*;
+
+    #[derive(Clone, Copy, Debug)]
+    enum Act {
+        Insert,
+        /// Of the keys ever handed out, the one with this index (modulo their number).
+        Remove(usize),
+        Look(usize),
+    }
+
+    fn act() -> impl Strategy<Value = Act> {
+        prop_oneof![
+            Just(Act::Insert),
+            any::<usize>().prop_map(Act::Remove),
+            any::<usize>().prop_map(Act::Look),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_slab_is_a_map_of_the_keys_that_were_not_removed(
+            capacity in 0..6_usize,
+            acts in proptest::collection::vec(act(), 0..200),
+        ) {
+            let mut slab = Slab::new(capacity);
+            let mut model = BTreeMap::new();
+            let mut keys: Vec<SlabKey> = Vec::new();
+            for (number, act) in acts.into_iter().enumerate() {
+                match act {
+                    Act::Insert => match slab.insert(number) {
+                        Ok(key) => {
+                            prop_assert!(!keys.contains(&key), "a key is never used twice");
+                            keys.push(key);
+                            model.insert(key, number);
+                        }
+                        Err(back) => {
+                            prop_assert_eq!((back, model.len()), (number, capacity));
+                        }
+                    },
+                    Act::Remove(index) if !keys.is_empty() => {
+                        let key = keys[index % keys.len()];
+                        prop_assert_eq!(slab.remove(key), model.remove(&key));
+                    }
+                    Act::Look(index) if !keys.is_empty() => {
+                        let key = keys[index % keys.len()];
+                        prop_assert_eq!(slab.get(key), model.get(&key));
+                    }
+                    Act::Remove(_) | Act::Look(_) => {}
+                }
+                prop_assert!(slab.iter().map(|(key, value)| (key, *value)).eq(model.clone()));
+                prop_assert_eq!(slab.len(), model.len());
+                prop_assert_eq!(slab.is_full(), model.len() == capacity);
+                prop_assert_eq!(slab.vacant_key().is_none(), slab.is_full());
+            }
+        }
+    }
 
     #[test]
     fn an_old_key_does_not_reach_the_slots_next_occupant() {

@@ -4,9 +4,11 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::error::ErrorKind;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, value_parser};
 
+use super::Failure;
 use crate::config::DEFAULT_MODEL;
+use crate::request::SamplingParams;
 
 /// Serves language models with backpressure from the client's socket to the decode step.
 #[derive(Debug, Parser)]
@@ -45,6 +47,9 @@ Examples:
   forebay models                           what is known, what is cached
   forebay check forebay.toml               what is wrong in a configuration file
   forebay plan --kv-pool 4GiB              core map and memory envelope, without serving
+  forebay run 'Why is the sky blue?'       one answer
+  forebay chat                             a conversation
+  forebay bench --concurrency 32           throughput and latency under load
 
 Settings come from the file of --config, then from the environment (kv.pool_bytes is
 FOREBAY_KV_POOL_BYTES there), then from flags; the last one counts. `forebay check` without a
@@ -67,9 +72,31 @@ pub enum Command {
     Pull(Pull),
     /// List the models that are known and those that are cached.
     Models(Models),
+    /// Answer one prompt in this process, printed as it comes.
+    #[command(after_help = RUN_HELP)]
+    Run(Run),
+    /// Talk with a model over the native protocol.
+    #[command(after_help = CHAT_HELP)]
+    Chat(Chat),
+    /// Measure a server under load: times, throughput, goodput, refusals.
+    #[command(after_help = BENCH_HELP)]
+    Bench(Bench),
+    /// Show which CPU would do what, and how much memory it would take at most.
+    Plan(Plan),
     /// Say what is wrong in a configuration, all at once, or print the settings in force.
     #[command(after_help = CHECK_HELP, after_long_help = check_long_help())]
     Check(Check),
+}
+
+/// Arguments of `forebay plan`.
+#[derive(Args, Debug)]
+pub struct Plan {
+    /// As JSON, for programs.
+    #[arg(long)]
+    pub json: bool,
+    /// The configuration to plan for.
+    #[command(flatten)]
+    pub settings: Settings,
 }
 
 const CHECK_HELP: &str = "\
@@ -112,6 +139,210 @@ pub struct Settings {
     /// How sockets are driven: auto, io_uring, epoll [default: auto].
     #[arg(long, value_name = "KIND")]
     pub io: Option<String>,
+}
+
+const RUN_HELP: &str = "\
+Examples:
+  forebay run 'Why is the sky blue?'
+  forebay run --raw --max-tokens 40 --temperature 0 'Once upon a time'
+  cat notes.txt | forebay run --system 'Summarise what you are given.' -
+";
+
+/// Arguments of `forebay run`.
+#[derive(Args, Debug)]
+pub struct Run {
+    /// What to answer; - reads it from standard input.
+    pub prompt: String,
+    /// Instructions that come before the prompt.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
+    /// Continue the prompt's text as it is, without the model's chat template.
+    #[arg(long)]
+    pub raw: bool,
+    /// Output tokens at most.
+    #[arg(long, short = 'n', value_name = "N", default_value = "512",
+          value_parser = value_parser!(u32).range(1..))]
+    pub max_tokens: u32,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: Sampling,
+    /// Print times and rate to standard error at the end.
+    #[arg(long)]
+    pub stats: bool,
+    /// Which model, and how it is run.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+const CHAT_HELP: &str = "\
+Without --connect, chat talks to the server at the configured address (127.0.0.1:7070) if one
+answers there and no setting is given here; else it starts one in this process, on a free port.
+
+Examples:
+  forebay chat
+  forebay chat --connect 127.0.0.1:7070 --system 'Answer in one sentence.'
+";
+
+/// Arguments of `forebay chat`.
+#[derive(Args, Debug)]
+pub struct Chat {
+    /// The server's address.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub connect: Option<String>,
+    /// Instructions that come before the conversation.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Tokens of one answer at most.
+    #[arg(long, short = 'n', value_name = "N", default_value = "1024",
+          value_parser = value_parser!(u32).range(1..))]
+    pub max_tokens: u32,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: Sampling,
+    /// Show times and rate also when the input is no terminal.
+    #[arg(long)]
+    pub stats: bool,
+    /// For a server in this process.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+/// How tokens are chosen, for `run` and `chat`.
+#[derive(Args, Debug)]
+pub struct Sampling {
+    /// 0 always takes the likeliest token; higher is more varied.
+    #[arg(long, value_name = "X", default_value = "0.7")]
+    pub temperature: f32,
+    /// Only the likeliest tokens that together have this probability.
+    #[arg(long, value_name = "P", default_value = "0.95")]
+    pub top_p: f32,
+    /// Only the K likeliest tokens; 0 is all.
+    #[arg(long, value_name = "K", default_value = "0")]
+    pub top_k: u32,
+    /// Only tokens with at least this share of the likeliest one's probability.
+    #[arg(long, value_name = "P", default_value = "0")]
+    pub min_p: f32,
+    /// Above 1, tokens that occurred are less likely.
+    #[arg(long, value_name = "X", default_value = "1")]
+    pub repetition_penalty: f32,
+    /// The same seed gives the same answer [default: another one each time].
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+impl Sampling {
+    /// Checked.
+    pub(super) fn params(&self) -> Result<SamplingParams, Failure> {
+        let params = SamplingParams {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed.unwrap_or_else(some_seed),
+            ..SamplingParams::default()
+        };
+        params.check().map_err(|what| Failure::Usage(what.to_owned()))?;
+        Ok(params)
+    }
+}
+
+/// Another one each time: the hash map's random key.
+fn some_seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0)
+}
+
+const BENCH_HELP: &str = "\
+Prompts are random token ids, and end-of-text is ignored, so that lengths are as asked for. A length
+is N, N..M (evenly between) or exp:N (exponential around the mean N, at most 8 N).
+
+In a closed loop the next request begins when one ends; in an open loop requests arrive at random
+moments, whatever the server does, and times count from the arrival, not from the sending. Requests
+count when they are meant to begin in the measured part; the run waits for them to end.
+
+A request is good when it completed, its first token came within --slo-ttft-ms and its later tokens
+took at most --slo-itl-ms on average; goodput counts only those.
+
+Examples:
+  forebay bench --concurrency 32 --prompt 128..512 --output exp:128
+  forebay bench --connect 127.0.0.1:7070 --rate 5 --duration 60 --json result.json
+";
+
+/// Arguments of `forebay bench`.
+#[derive(Args, Debug)]
+pub struct Bench {
+    /// The server's address. Without it: the configured one if a server answers there and no
+    /// setting is given here, else a server in this process.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub connect: Option<String>,
+    /// Closed loop: so many requests in progress [default: 8, when there is no --rate].
+    #[arg(long, short, value_name = "N", conflicts_with = "rate",
+          value_parser = value_parser!(u32).range(1..=65536))]
+    pub concurrency: Option<u32>,
+    /// Open loop: so many requests a second on average (Poisson).
+    #[arg(long, value_name = "R", value_parser = positive)]
+    pub rate: Option<f64>,
+    /// Prompt lengths in tokens.
+    #[arg(long, value_name = "LENGTHS", default_value = "128")]
+    pub prompt: String,
+    /// Output lengths in tokens.
+    #[arg(long, value_name = "LENGTHS", default_value = "64")]
+    pub output: String,
+    /// Seconds before anything is measured.
+    #[arg(long, value_name = "S", default_value = "2", value_parser = not_negative)]
+    pub warm_up: f64,
+    /// Seconds that are measured.
+    #[arg(long, value_name = "S", default_value = "10", value_parser = positive)]
+    pub duration: f64,
+    /// Seconds after that to wait for what is in progress.
+    #[arg(long, value_name = "S", default_value = "60", value_parser = not_negative)]
+    pub grace: f64,
+    /// Connections to spread the streams over [default: one for every 64 of --concurrency].
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=1024))]
+    pub connections: Option<u32>,
+    /// The same seed gives the same prompts, lengths and arrivals.
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub seed: u64,
+    /// Target: time to the first token.
+    #[arg(long, value_name = "MS", default_value = "1000", value_parser = positive)]
+    pub slo_ttft_ms: f64,
+    /// Target: a request's mean time between tokens.
+    #[arg(long, value_name = "MS", default_value = "100", value_parser = positive)]
+    pub slo_itl_ms: f64,
+    /// Writes the result as JSON to this file, too.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Shows no progress bar.
+    #[arg(long, short)]
+    pub quiet: bool,
+    /// For the server in this process.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+/// A number of at most a day's seconds, or a hundred thousand a second.
+fn not_negative(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if (0.0..=100_000.0).contains(&number) => Ok(number),
+        _ => Err("must be a number from 0 to 100000".into()),
+    }
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match not_negative(text) {
+        Ok(number) if number >= 0.001 => Ok(number),
+        _ => Err("must be a number from 0.001 to 100000".into()),
+    }
+}
+
+impl Settings {
+    /// Whether no setting was given on the command line (a configuration file may be).
+    pub fn is_empty(&self) -> bool {
+        let Settings { config: _, set, model, listen, kv_pool, threads, isa, io } = self;
+        let named = [model, listen, kv_pool, threads, isa, io];
+        set.is_empty() && named.iter().all(|value| value.is_none())
+    }
 }
 
 impl Cli {

@@ -4,12 +4,15 @@
 
 mod args;
 mod bench;
-mod machine;
+mod chat;
 mod models;
+mod plan;
 pub mod pull;
+mod run;
 mod serve;
 pub mod server;
 mod settings;
+mod target;
 
 use std::process::ExitCode;
 
@@ -74,9 +77,19 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Pull(args)) => models::pull(&args),
         Some(Command::Models(args)) => models::list(&args),
         Some(Command::Check(args)) => check(&args),
+        Some(Command::Plan(args)) => plan::plan(&args),
         Some(Command::Serve(args)) => serve::serve(&args.settings),
+        Some(Command::Run(args)) => run::run(&args),
+        Some(Command::Chat(args)) => chat::chat(&args),
+        Some(Command::Bench(args)) => bench(&args),
         None => serve::serve(&args::Settings::default()),
     }
+}
+
+fn bench(args: &args::Bench) -> Result<(), Failure> {
+    let target = target::Target::find(args.connect.as_deref(), &args.settings)?;
+    let ended = bench::run(args, target.address, &target.name);
+    ended.and(target.end())
 }
 
 fn check(args: &args::Check) -> Result<(), Failure> {

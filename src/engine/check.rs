@@ -5,10 +5,27 @@ use crate::base::Instant;
 use crate::message::EVENT_BATCHES;
 
 use super::EngineCore;
-use super::scheduler::PREEMPTIONS_MAX;
+use super::reclaim::PREEMPTIONS_MAX;
 use super::sequence::{Sequence, State};
 
+/// What the engine holds of what circulates between the cores.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Census {
+    /// Event batches of each front core.
+    pub batches_idle: Vec<usize>,
+    /// Steps.
+    pub steps_idle: usize,
+}
+
 impl EngineCore {
+    /// Counts what the engine holds of what circulates.
+    pub fn census(&self) -> Census {
+        Census {
+            batches_idle: self.fronts.iter().map(|front| front.batches_idle()).collect(),
+            steps_idle: self.device.idle.len(),
+        }
+    }
+
     /// Checks the invariants that can be seen from inside the engine; the error says which one is
     /// broken, and by whom.
     pub fn check_invariants(&self) -> Result<(), String> {

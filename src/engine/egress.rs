@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use crate::base::TokenTable;
+use crate::base::{Instant, TokenTable};
 use crate::limits::Limits;
 use crate::message::{EVENT_BATCHES, Event, EventBatch, SeqKey, StreamKey};
 use crate::request::{RejectReason, SamplingParams};
@@ -98,15 +98,15 @@ fn room<T>(list: &Vec<T>) -> usize {
 
 impl EngineCore {
     /// Sends each front core one batch with what there is to tell, if it has returned one.
-    pub(super) fn flush_events(&mut self) -> bool {
+    pub(super) fn flush_events(&mut self, now: Instant) -> bool {
         let mut busy = false;
         for front in 0..self.fronts.len() {
-            busy |= self.flush_front(front);
+            busy |= self.flush_front(front, now);
         }
         busy
     }
 
-    fn flush_front(&mut self, front: usize) -> bool {
+    fn flush_front(&mut self, front: usize, now: Instant) -> bool {
         let link = &self.fronts[front];
         if link.answers.is_empty() && link.listed.is_empty() {
             return false;
@@ -129,8 +129,13 @@ impl EngineCore {
             }
             self.fronts[front].listed.pop_front();
             self.sequences[index].egress.listed = false;
-            if self.sequences[index].state == State::Ended {
-                self.forget(index);
+            match self.sequences[index].state {
+                State::Ended => self.forget(index),
+                State::Parked => {
+                    self.sequences[index].times.stalled_since.get_or_insert(now);
+                    self.watch(index);
+                }
+                _ => {}
             }
         }
         let link = &mut self.fronts[front];
@@ -265,7 +270,8 @@ fn write_logprobs(batch: &mut EventBatch, sequence: &mut Sequence, limit: usize)
     count
 }
 
-/// Copies up to `limit` bytes of the sequence's text, token by token, from where it was left.
+/// Copies up to `limit` bytes of the sequence's text, token by token, from where it was left: the
+/// text of tokens that were sent, no more, since text may lag its tokens and never run ahead.
 fn write_text(
     batch: &mut EventBatch,
     sequence: &mut Sequence,
@@ -275,7 +281,7 @@ fn write_text(
     let limit = limit.min(room(&batch.text));
     let egress = &mut sequence.egress;
     let mut written = 0;
-    while written < limit {
+    while written < limit && egress.cursor_token < egress.tokens_sent {
         let at = (sequence.prompt_tokens + egress.cursor_token) as usize;
         let left = &table.bytes(sequence.tokens[at])[egress.cursor_bytes as usize..];
         let count = left.len().min(limit - written);

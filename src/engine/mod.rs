@@ -15,7 +15,8 @@
 //! |---|---|
 //! | `control.rs` | credits, cancels, returned batches; drain; time-outs |
 //! | `admission.rs` | asks and submissions → grants, refusals, the queue |
-//! | `scheduler.rs` | sequences and blocks → a step |
+//! | `scheduler.rs` | sequences → a step |
+//! | `reclaim.rs` | who may take blocks from whom |
 //! | `results.rs` | a finished step → output, ends |
 //! | `egress.rs` | what is to be told → event batches |
 //! | `check.rs` | everything → is it consistent? |
@@ -29,6 +30,7 @@ pub mod ledger;
 pub mod plan;
 pub mod ports;
 mod queue;
+mod reclaim;
 mod results;
 mod scheduler;
 mod sequence;
@@ -42,9 +44,12 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::base::{Instant, TokenTable};
+use crate::flow::{StepCost, StepTimeModel};
 use crate::limits::Limits;
 use crate::message::{BLOCK_POSITIONS, SeqKey, Step, StreamKey};
 use crate::request::{FinishReason, RejectReason};
+
+pub use check::Census;
 
 use blocks::BlockPool;
 use egress::FrontLink;
@@ -55,6 +60,9 @@ use scheduler::Batch;
 use sequence::{SequenceTable, State, Terminal, blocks_for};
 use stats::{Counters, EngineStats};
 use stop::Borders;
+
+/// Bytes of a sequence's fixed part, for the memory envelope.
+pub const SEQUENCE_BYTES: usize = size_of::<sequence::Sequence>();
 
 /// What an engine is built from.
 #[derive(Clone, Debug)]
@@ -161,8 +169,20 @@ pub struct EngineCore {
     arrivals: u64,
     /// No sequence expires before this. May be early (the one it was for is gone), never late.
     expiry: Instant,
+    /// Somebody lacks blocks that can be taken from a parked sequence from then on.
+    blocked_until: Instant,
+    /// How long steps take, and so what it costs to compute a text again.
+    pace: StepTimeModel,
     drain: Drain,
 }
+
+/// Believed until a few steps have been seen: a small model on a CPU.
+const PACE_PRIOR: StepCost = StepCost {
+    step_ps: 2_000_000_000,
+    prefill_token_ps: 500_000_000,
+    decode_row_ps: 500_000_000,
+    kv_position_ps: 1_000,
+};
 
 /// The way to the device and back.
 #[derive(Debug)]
@@ -217,6 +237,8 @@ impl EngineCore {
             counters: Counters::default(),
             arrivals: 0,
             expiry: Instant::NEVER,
+            blocked_until: Instant::NEVER,
+            pace: StepTimeModel::new(PACE_PRIOR),
             drain: Drain::Off,
             limits,
             vocab,
@@ -237,7 +259,7 @@ impl EngineCore {
         busy |= self.handle_requests(now);
         busy |= self.handle_timeouts(now);
         busy |= self.plan_steps(now);
-        busy |= self.flush_events();
+        busy |= self.flush_events(now);
         busy
     }
 
@@ -247,8 +269,17 @@ impl EngineCore {
             Drain::Until(deadline) => deadline,
             Drain::Off | Drain::Over => Instant::NEVER,
         };
-        let next = self.expiry.min(drain);
+        // What it was set for may be gone; when everybody is, that is known for nothing.
+        let expiry = if self.sequences.len() == 0 { Instant::NEVER } else { self.expiry };
+        let next = expiry.min(drain).min(self.blocked_until().unwrap_or(Instant::NEVER));
         (next != Instant::NEVER).then_some(next)
+    }
+
+    /// Until when nobody may take the blocks that somebody lacks, if that is what the next step
+    /// waits for. While the device has all the steps it may have, that is not the question.
+    pub fn blocked_until(&self) -> Option<Instant> {
+        let waits = self.blocked_until != Instant::NEVER && !self.device.idle.is_empty();
+        waits.then_some(self.blocked_until)
     }
 
     /// Where things stand.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::flow::StepLoad;
 use crate::limits::Limits;
 use crate::message::{
     BLOCK_POSITIONS, BlockId, PlanRow, SeqKey, SlotSetup, Step, StepPlan, StepResult,
@@ -86,6 +87,14 @@ pub(super) fn write_row(
     plan.blocks.extend_from_slice(&sequence.blocks[..blocks_for(end)]);
     plan.rows.push(row);
     row
+}
+
+/// What the plan gives the device to do. A row of one token counts as a decode.
+pub fn load(plan: &StepPlan) -> StepLoad {
+    plan.rows.iter().fold(StepLoad::default(), |load, row| match row.token_count {
+        1 => load.plus_decode(row.position),
+        count => load.plus_prefill(row.position, count),
+    })
 }
 
 /// What is wrong with a plan. Each names the row, or the setup, by its index.

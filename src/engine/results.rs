@@ -5,6 +5,7 @@ use crate::message::{Logprob, Sampled, Step, StepFailure};
 use crate::request::{FinishReason, RejectReason, TokenId};
 
 use super::EngineCore;
+use super::plan;
 use super::sequence::State;
 
 impl EngineCore {
@@ -29,6 +30,9 @@ impl EngineCore {
         self.blocks.complete(step.plan.number);
         self.counters.steps_completed += 1;
         self.counters.device_ns += step.result.elapsed_ns;
+        if step.result.failure.is_none() {
+            self.pace.observe(plan::load(&step.plan), step.result.elapsed_ns);
+        }
         match step.result.failure {
             None if self.matches_its_plan(step) => self.handle_samples(step, now),
             // A device that answers something else than it was asked is no better than one that
@@ -133,6 +137,7 @@ impl EngineCore {
     /// go elsewhere, and nobody comes in any more.
     pub(super) fn lose_device(&mut self, now: Instant) {
         self.device.lost = true;
+        (self.blocked_until, self.expiry) = (Instant::NEVER, Instant::NEVER);
         for index in 0..self.sequences.capacity() as u32 {
             match self.sequences[index].state {
                 State::Free | State::Ended => {}

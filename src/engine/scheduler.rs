@@ -4,33 +4,24 @@
 //! them), then prefill chunks with what is left of the step's budget, oldest first. So a long
 //! prompt never holds up a decode, and a decode slows a prefill by one token.
 //!
-//! **Precedence** among the admitted is by admission. A sequence that needs a block takes, in this
-//! order, a free one, one of a parked sequence, one of a *younger* sequence that waits, and, if it
-//! is running, one of a younger sequence that runs. If there is none it leaves the batch with what
-//! it has and waits.
+//! **Precedence** among the admitted is by admission. Who may take blocks from whom is written in
+//! `reclaim.rs`. A running sequence that finds none leaves the batch with what it has, and waits.
 //!
 //! **Why it cannot get stuck.** Take the oldest admitted sequence that has credit. Whoever runs
 //! either gets on, and so ends sometime, or leaves its slot and can then lose its blocks to the
 //! oldest. Sequences that cannot be preempted any more hold all blocks that they will ever need.
 //! Nobody new is admitted while somebody waits for blocks. So the oldest gets slot and blocks, and
-//! ends; then the next is the oldest. Sequences without credit are parked, and parked blocks are
-//! there for anybody.
+//! ends; then the next is the oldest. Sequences without credit are parked, and after a while their
+//! blocks are there for anybody.
 
 use crate::base::Instant;
 use crate::limits::Limits;
-use crate::message::{BLOCK_POSITIONS, StepPlan};
+use crate::message::{BLOCK_POSITIONS, Step, StepPlan};
 
 use super::EngineCore;
 use super::plan;
+use super::reclaim::{Claim, PREEMPTIONS_MAX};
 use super::sequence::{SequenceTable, State};
-
-/// So often a running sequence may lose its KV. Then it enters the batch only with blocks for its
-/// whole remainder, and keeps them (I5).
-pub(super) const PREEMPTIONS_MAX: u8 = 2;
-
-/// A newcomer leaves one block in so many free, for those who run to grow into: without that, the
-/// newcomer is often the one preempted a moment later, and its prefill was for nothing.
-const WATERMARK_DIVISOR: usize = 32;
 
 /// The admitted sequences by where they are. No list outgrows its reserved capacity.
 #[derive(Debug)]
@@ -49,17 +40,6 @@ pub(super) struct Batch {
     admissions: u64,
 }
 
-/// Whom a sequence may take blocks from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Claim {
-    /// It runs: also from younger ones that run.
-    Running,
-    /// It waits: from parked and from younger waiting ones.
-    Waiting,
-    /// It is not admitted yet: from parked ones.
-    Newcomer,
-}
-
 impl Batch {
     pub fn new(limits: &Limits) -> Batch {
         let admitted_max = limits.running_max + limits.parked_max;
@@ -74,6 +54,7 @@ impl Batch {
         }
     }
 
+    /// Batch slots without a sequence.
     pub fn slots_free(&self) -> &[u16] {
         &self.slots_free
     }
@@ -124,6 +105,7 @@ impl EngineCore {
     }
 
     fn compose(&mut self, plan: &mut StepPlan, now: Instant) {
+        self.blocked_until = Instant::NEVER;
         self.park_starved(now);
         self.plan_decodes(plan, now);
         self.plan_prefills(plan);
@@ -148,13 +130,13 @@ impl EngineCore {
         }
     }
 
-    fn park(&mut self, index: u32, now: Instant) {
+    pub(super) fn park(&mut self, index: u32, now: Instant) {
         self.counters.parks += 1;
         let sequence = &mut self.sequences[index];
         sequence.state = State::Parked;
-        sequence.times.parked_since = now;
+        sequence.times.left_batch = now;
+        sequence.times.stalled_since = None;
         self.batch.parked.push(index);
-        self.watch(index);
         self.tell(index);
     }
 
@@ -163,13 +145,16 @@ impl EngineCore {
         self.counters.resumes += 1;
         self.batch.remove_parked(index);
         let sequence = &mut self.sequences[index];
-        sequence.times.parked_ns += now.ns_since(sequence.times.parked_since);
-        self.wait(index);
+        sequence.times.parked_ns += now.ns_since(sequence.times.left_batch);
+        self.wait(index, now);
         self.tell(index);
     }
 
-    fn wait(&mut self, index: u32) {
-        self.sequences[index].state = State::Waiting;
+    /// Out of the batch, with credit: in line for a slot.
+    pub(super) fn wait(&mut self, index: u32, now: Instant) {
+        let sequence = &mut self.sequences[index];
+        sequence.state = State::Waiting;
+        sequence.times.left_batch = now;
         insert_ordered(&mut self.batch.waiting, index, &self.sequences);
     }
 
@@ -186,7 +171,7 @@ impl EngineCore {
                 at += 1;
             } else {
                 self.unseat(index);
-                self.wait(index);
+                self.wait(index, now);
             }
         }
     }
@@ -228,6 +213,8 @@ impl EngineCore {
             if !may_try {
                 at += 1;
             } else if self.hold_blocks(index, target, Claim::Waiting, now) {
+                let reserved = self.sequences[index].preemptions >= PREEMPTIONS_MAX;
+                self.counters.reservations += u64::from(reserved);
                 self.batch.remove_waiting(index, &self.sequences);
                 self.seat(index);
                 self.plan_row(plan, index);
@@ -302,122 +289,7 @@ impl EngineCore {
         }
     }
 
-    /// Sees to it that the sequence holds `target` blocks; takes them from others if it must and
-    /// may. When that is not enough, nothing is taken.
-    fn hold_blocks(&mut self, index: u32, target: usize, claim: Claim, now: Instant) -> bool {
-        let missing = target.saturating_sub(self.sequences[index].blocks.len());
-        if missing == 0 {
-            return true;
-        }
-        let spare = match claim {
-            Claim::Newcomer if !self.batch.running.is_empty() => {
-                self.blocks.total() / WATERMARK_DIVISOR
-            }
-            _ => 0,
-        };
-        if !self.free_up(missing + spare, index, claim, now) {
-            return false;
-        }
-        for _ in 0..missing {
-            let block = self.blocks.take().expect("freed up");
-            let sequence = &mut self.sequences[index];
-            debug_assert!(sequence.blocks.len() < sequence.blocks.capacity());
-            sequence.blocks.push(block);
-        }
-        true
-    }
-
-    /// Sees to it that `wanted` blocks are free. Takes none from anybody unless it is enough in
-    /// the end; what a step in flight still names is enough only when that step is back.
-    fn free_up(&mut self, wanted: usize, index: u32, claim: Claim, now: Instant) -> bool {
-        if self.blocks.free() >= wanted {
-            return true;
-        }
-        let coming = self.blocks.free() + self.blocks.retiring();
-        if coming + self.blocks_of_victims(index, claim) < wanted {
-            return false;
-        }
-        while self.blocks.free() < wanted {
-            if self.blocks.free() + self.blocks.retiring() >= wanted {
-                return false;
-            }
-            let Some(victim) = self.victim(index, claim) else { return false };
-            if matches!(self.sequences[victim].state, State::Running { .. }) {
-                self.preempt(victim, now);
-            } else {
-                self.counters.kv_drops += 1;
-                self.drop_kv(victim);
-            }
-        }
-        true
-    }
-
-    fn blocks_of_victims(&self, index: u32, claim: Claim) -> usize {
-        let holds = |victim: u32| self.sequences[victim].blocks.len();
-        let waiting = self.batch.waiting.iter().rev().copied();
-        let running = self.batch.running.iter().rev().copied();
-        self.batch.parked.iter().map(|&victim| holds(victim)).sum::<usize>()
-            + waiting.filter(|&v| self.may_drop(v, index, claim)).map(holds).sum::<usize>()
-            + running.filter(|&v| self.may_preempt(v, index, claim)).map(holds).sum::<usize>()
-    }
-
-    /// Whose blocks go next: of the parked the one that stands longest, then the youngest.
-    fn victim(&self, index: u32, claim: Claim) -> Option<u32> {
-        let holds = |victim: &u32| !self.sequences[*victim].blocks.is_empty();
-        let waiting = self.batch.waiting.iter().rev().copied().filter(holds);
-        let running = self.batch.running.iter().rev().copied().filter(holds);
-        self.batch
-            .parked
-            .iter()
-            .copied()
-            .find(|victim| holds(victim))
-            .or_else(|| waiting.into_iter().find(|&v| self.may_drop(v, index, claim)))
-            .or_else(|| running.into_iter().find(|&v| self.may_preempt(v, index, claim)))
-    }
-
-    fn may_drop(&self, victim: u32, index: u32, claim: Claim) -> bool {
-        claim != Claim::Newcomer && self.is_younger(victim, index)
-    }
-
-    fn may_preempt(&self, victim: u32, index: u32, claim: Claim) -> bool {
-        claim == Claim::Running
-            && self.is_younger(victim, index)
-            && self.sequences[victim].preemptions < PREEMPTIONS_MAX
-    }
-
-    fn is_younger(&self, one: u32, other: u32) -> bool {
-        self.sequences[one].admission > self.sequences[other].admission
-    }
-
-    /// Takes slot and KV from a running sequence.
-    fn preempt(&mut self, index: u32, now: Instant) {
-        self.counters.preemptions += 1;
-        self.unseat(index);
-        self.drop_kv(index);
-        self.sequences[index].preemptions += 1;
-        if self.sequences[index].credit > 0 {
-            self.wait(index);
-        } else {
-            // Its last credit paid for a token that is on the way.
-            self.park(index, now);
-        }
-    }
-
-    fn drop_kv(&mut self, index: u32) {
-        self.counters.recomputed_tokens += u64::from(self.sequences[index].kv_planned);
-        self.release_blocks(index);
-        self.sequences[index].kv_planned = 0;
-    }
-
-    /// Gives all of a sequence's blocks back.
-    pub(super) fn release_blocks(&mut self, index: u32) {
-        let sequence = &mut self.sequences[index];
-        for block in sequence.blocks.drain(..) {
-            self.blocks.give(block, sequence.last_step);
-        }
-    }
-
-    fn submit(&mut self, step: Box<crate::message::Step>, now: Instant) {
+    fn submit(&mut self, step: Box<Step>, now: Instant) {
         let checked = plan::check(&step.plan, &self.limits, self.vocab, &self.blocks);
         assert_eq!(checked, Ok(()), "the engine's own plan is invalid");
         debug_assert!(step.plan.blocks.iter().all(|&b| self.blocks.references(b) > 0));

@@ -87,9 +87,12 @@ pub(super) struct Times {
     pub arrived: Instant,
     pub admitted: Option<Instant>,
     pub first_token: Option<Instant>,
-    /// Meaningful while parked.
-    pub parked_since: Instant,
+    /// Since when it is parked, or waits: meaningful in these two states.
+    pub left_batch: Instant,
     pub parked_ns: u64,
+    /// While parked: since when the stream has had all of its output and knows that it is paused.
+    /// Only from then on is it the client that keeps everybody waiting.
+    pub stalled_since: Option<Instant>,
     /// The client's own deadline, [`Instant::NEVER`] without one.
     pub deadline: Instant,
     /// Until then it must be admitted.
@@ -159,7 +162,7 @@ pub(super) struct Sequence {
     pub setup_due: bool,
     /// Rows at the device that sample a token: 0 or 1.
     pub samples_in_flight: u8,
-    /// Times it lost its KV while running. From [`PREEMPTIONS_MAX`](super::scheduler) on it
+    /// Times it lost its KV while running. From [`PREEMPTIONS_MAX`](super::reclaim) on it
     /// enters the batch with its whole remainder reserved, and stays.
     pub preemptions: u8,
     /// Tokens that may still be sampled: the stream's credit.
@@ -273,7 +276,8 @@ impl Sequence {
             State::Granted | State::Queued => self.times.deadline.min(self.times.queue_until),
             State::Running { .. } | State::Waiting => self.times.deadline,
             State::Parked => {
-                self.times.deadline.min(self.times.parked_since.plus_ms(stall_timeout_ms))
+                let stall_ends = |since: Instant| since.plus_ms(stall_timeout_ms);
+                self.times.stalled_since.map_or(Instant::NEVER, stall_ends).min(self.times.deadline)
             }
         }
     }
@@ -282,7 +286,7 @@ impl Sequence {
     pub fn account(&self, now: Instant) -> (Usage, Timings) {
         let times = &self.times;
         let parked_now = match self.state {
-            State::Parked => now.ns_since(times.parked_since),
+            State::Parked => now.ns_since(times.left_batch),
             _ => 0,
         };
         let usage = Usage {

@@ -40,6 +40,9 @@ pub struct Counters {
     pub tokens_out: u64,
     /// Times a running sequence lost its KV for want of blocks.
     pub preemptions: u64,
+    /// Times a sequence that had been preempted too often entered the batch with its whole
+    /// remainder reserved.
+    pub reservations: u64,
     /// Times a sequence out of the batch lost its KV for want of blocks.
     pub kv_drops: u64,
     /// Positions that have to be computed again because of either.

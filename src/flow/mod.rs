@@ -9,7 +9,7 @@ pub mod forecast;
 pub mod link;
 pub mod token_bucket;
 
-pub use credit::{CreditError, CreditWindow};
+pub use credit::{CreditError, CreditReturn, CreditWindow};
 pub use estimate::{Load, LoadEstimator, RateEstimator, StepCost, StepLoad, StepTimeModel};
 pub use forecast::OutputForecast;
 pub use link::{Census, Receiver, SendError, Sender, link};

@@ -40,7 +40,7 @@ impl TokenBucket {
     }
 
     /// Takes `n` tokens, all or none. Otherwise says how long to wait until they will be there if
-    /// nobody else takes any: [`Shortage`].
+    /// nobody else takes any: [`Shortage`]. While there is debt even 0 tokens are refused.
     pub fn take(&mut self, n: u64, now: Instant) -> Result<(), Shortage> {
         self.refill(now);
         let wanted = i128::from(n) * NANO;

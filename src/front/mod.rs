@@ -49,3 +49,10 @@ pub struct ConnId {
 
 #[cfg(test)]
 mod tests;
+
+/// Bytes of a connection's fixed part, for the memory envelope.
+pub const CONNECTION_BYTES: usize = size_of::<connection::Connection>();
+/// Bytes of a stream's fixed part, for the memory envelope.
+pub const STREAM_BYTES: usize = size_of::<stream::Stream>();
+/// Replies that a connection may hold for a client that does not read.
+pub const REPLY_BYTES_MAX: usize = egress::REPLY_BYTES_MAX;

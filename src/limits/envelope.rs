@@ -7,8 +7,8 @@ use std::fmt;
 
 use super::Limits;
 use crate::message::{
-    BLOCK_POSITIONS, EVENT_BATCHES, Event, Logprob, PlanRow, RequestMessage, Sampled, SlotSetup,
-    Submission,
+    BLOCK_POSITIONS, ControlMessage, EVENT_BATCHES, Event, Logprob, PlanRow, RequestMessage,
+    Sampled, SlotSetup, Submission,
 };
 use crate::request::{STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX, SamplingParams, TokenId};
 
@@ -64,16 +64,17 @@ pub struct Sizes {
     pub connection_bytes: u64,
     /// What a connection may have read and not worked off.
     pub receive_piece_bytes: u64,
-    /// A connection's send buffers, both together.
-    pub send_buffers_bytes: u64,
+    /// Replies (all that is not output) that a connection may hold for a client that does not
+    /// read.
+    pub reply_bytes: u64,
     /// Header of a frame.
     pub frame_overhead_bytes: u64,
-    /// What the kernel may hold for one connection, both directions.
-    pub kernel_socket_bytes: u64,
+    /// What the kernel may hold of a connection's input.
+    pub kernel_receive_bytes: u64,
     /// Tokenizer, token table and chat template.
     pub tokenizer_bytes: u64,
-    /// Flight recorders of all cores.
-    pub recorder_bytes: u64,
+    /// The model's file, mapped while it is loaded.
+    pub file_bytes: u64,
     /// Threads besides the main one: each has a stack, of which little is ever touched.
     pub threads: u64,
     /// What of a thread's stack is touched at most.
@@ -91,6 +92,8 @@ pub enum Kind {
     Reserved,
     /// Under load, never above the line.
     OnDemand,
+    /// Before the first request is served, and given back then.
+    Loading,
     /// By the kernel for our sockets: not part of the process's resident size.
     Kernel,
 }
@@ -102,6 +105,7 @@ impl Kind {
             Kind::Prefaulted => "prefaulted",
             Kind::Reserved => "at start",
             Kind::OnDemand => "under load",
+            Kind::Loading => "loading",
             Kind::Kernel => "kernel",
         }
     }
@@ -150,6 +154,7 @@ impl Envelope {
         bounds.extend(engine_bounds(limits, shape, sizes));
         bounds.extend(front_bounds(limits, shape, sizes));
         bounds.extend(program_bounds(sizes));
+        bounds.retain(|bound| bound.bytes() > 0);
         Envelope { bounds }
     }
 
@@ -158,19 +163,17 @@ impl Envelope {
         &self.bounds
     }
 
-    /// The process's own memory at most: what its peak resident size is compared with.
+    /// The process's own memory at most: what its peak resident size is compared with. The
+    /// model's file is unmapped before load can come.
     pub fn process_bytes(&self) -> u64 {
-        self.sum(|kind| kind != Kind::Kernel)
+        let always = self.sum(|kind| matches!(kind, Kind::Prefaulted | Kind::Reserved));
+        let later = self.sum(|kind| kind == Kind::OnDemand);
+        always.saturating_add(later.max(self.sum(|kind| kind == Kind::Loading)))
     }
 
     /// What the kernel holds for our sockets at most.
     pub fn kernel_bytes(&self) -> u64 {
         self.sum(|kind| kind == Kind::Kernel)
-    }
-
-    /// Everything.
-    pub fn total_bytes(&self) -> u64 {
-        self.sum(|_| true)
     }
 
     fn sum(&self, counts: impl Fn(Kind) -> bool) -> u64 {
@@ -180,38 +183,38 @@ impl Envelope {
 }
 
 fn device_bounds(sizes: &Sizes) -> Vec<Bound> {
-    let line = |name, count, each_bytes, reason| {
-        let kind = Kind::Prefaulted;
-        Bound { name, count, each_bytes, kind, reason }
-    };
+    let kind = Kind::Prefaulted;
     vec![
-        line("weights", 1, sizes.weight_bytes, "the model, repacked"),
-        line("KV pool", sizes.kv_blocks, sizes.kv_block_bytes, "kv.pool_bytes in blocks of 64"),
-        line("workspace", 1, sizes.workspace_bytes, "by step_tokens_max and running_max"),
+        line("weights", 1, sizes.weight_bytes, kind, "the model, repacked"),
+        line("KV pool", sizes.kv_blocks, sizes.kv_block_bytes, kind, "kv.pool_bytes, by 64 tokens"),
+        line("workspace", 1, sizes.workspace_bytes, kind, "step_tokens_max and running_max"),
     ]
+}
+
+/// A token on its way out: id, text, log-probability and alternatives.
+fn token_bytes(shape: &ModelShape) -> u64 {
+    TOKEN + size::<Logprob>() + TOP + shape.longest_token_bytes
+}
+
+fn line(
+    name: &'static str,
+    count: u64,
+    each_bytes: u64,
+    kind: Kind,
+    reason: &'static str,
+) -> Bound {
+    Bound { name, count, each_bytes, kind, reason }
 }
 
 fn engine_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Bound> {
     let sequences = u64::from(limits.sequences_max());
-    let running = u64::from(limits.running_max);
-    let context = u64::from(limits.context_max);
-    let step_tokens = u64::from(limits.step_tokens_max);
-    let table = context.div_ceil(BLOCK_POSITIONS as u64);
+    let table = u64::from(limits.context_max).div_ceil(BLOCK_POSITIONS as u64);
     let stop_bytes = (STOP_STRINGS_MAX * (STOP_STRING_BYTES_MAX + size_of::<Box<[u8]>>())) as u64;
     let sampling =
         size::<SamplingParams>() + SamplingParams::LOGIT_BIAS_MAX as u64 * size::<(TokenId, f32)>();
-    let row = size::<PlanRow>() + size::<SlotSetup>() + size::<Sampled>() + TOP;
-    // Block tables, and the history of every row that changes its slot with penalties on.
-    let step = running * (row + (table + context) * TOKEN) + step_tokens * TOKEN;
-    // Answers to asks and state changes of every sequence, and one token a row with its text,
-    // its probability and the alternatives. What a stop string held back comes out with it.
-    let token = TOKEN + size::<Logprob>() + TOP + shape.longest_token_bytes;
+    let admitted = u64::from(limits.running_max) + u64::from(limits.parked_max);
     let window = u64::from(limits.stream_window_tokens_max);
     let held_text = STOP_STRING_BYTES_MAX as u64 + shape.longest_token_bytes;
-    let events = 2 * sequences * size::<Event>();
-    let batch = events + running * (token + held_text);
-    let line =
-        |name, count, each_bytes, kind, reason| Bound { name, count, each_bytes, kind, reason };
     vec![
         line(
             "sequence table",
@@ -223,9 +226,10 @@ fn engine_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Boun
         line(
             "prompts and outputs",
             sequences,
-            context * TOKEN,
+            // A vector that grows may have room for twice what is in it.
+            2 * u64::from(limits.context_max) * TOKEN,
             Kind::OnDemand,
-            "every sequence at context_max tokens",
+            "every sequence at context_max",
         ),
         line(
             "sampling and stops",
@@ -236,16 +240,22 @@ fn engine_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Boun
         ),
         line(
             "unsent output",
-            running + u64::from(limits.parked_max),
-            window * token + held_text,
+            admitted,
+            window * token_bytes(shape) + held_text,
             Kind::OnDemand,
             "a window of tokens a stream",
         ),
-        line("step boxes", sizes.depth + 1, step, Kind::Reserved, "depth + 1 steps with results"),
+        line(
+            "step boxes",
+            sizes.depth + 1,
+            step_bytes(limits),
+            Kind::Reserved,
+            "depth + 1 steps with results",
+        ),
         line(
             "event batches",
             sizes.fronts * EVENT_BATCHES as u64,
-            batch,
+            batch_bytes(limits, shape),
             Kind::Reserved,
             "4 a front core",
         ),
@@ -253,41 +263,65 @@ fn engine_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Boun
             "rings",
             sizes.fronts,
             u64::from(limits.asks_max) * size::<RequestMessage>() * 2
-                + 2 * sequences * size::<Event>(),
+                + 2 * sequences * size::<ControlMessage>(),
             Kind::Reserved,
             "asks_max; control for all sequences",
         ),
     ]
 }
 
+fn step_bytes(limits: &Limits) -> u64 {
+    let (running, context) = (u64::from(limits.running_max), u64::from(limits.context_max));
+    let table = context.div_ceil(BLOCK_POSITIONS as u64);
+    let row = size::<PlanRow>() + size::<SlotSetup>() + size::<Sampled>() + TOP;
+    // Block tables, and the history of every row that changes its slot with penalties on.
+    running * (row + (table + context) * TOKEN) + u64::from(limits.step_tokens_max) * TOKEN
+}
+
+fn batch_bytes(limits: &Limits, shape: &ModelShape) -> u64 {
+    // Answers and changes of state of every sequence; one token a row, and with it the text that
+    // a stop string held back.
+    let events = 2 * u64::from(limits.sequences_max()) * size::<Event>();
+    let held_text = STOP_STRING_BYTES_MAX as u64 + shape.longest_token_bytes;
+    events + u64::from(limits.running_max) * (token_bytes(shape) + held_text)
+}
+
 fn front_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Bound> {
     let fronts = sizes.fronts;
     let connections = u64::from(limits.connections_max);
+    let sequences = u64::from(limits.sequences_max());
+    // Those that wait to ask are at most as many as there are connections.
+    let streams = connections + u64::from(limits.asks_max) + sequences;
     let window = u64::from(limits.stream_window_tokens_max);
-    let token = TOKEN + size::<Logprob>() + TOP + shape.longest_token_bytes;
-    let streams = u64::from(limits.sequences_max()) + u64::from(limits.asks_max);
-    let line =
-        |name, count, each_bytes, kind, reason| Bound { name, count, each_bytes, kind, reason };
+    let window_bytes = window * (token_bytes(shape) + sizes.frame_overhead_bytes);
     vec![
         line(
             "connections",
             fronts * connections,
-            sizes.connection_bytes + sizes.receive_piece_bytes,
+            // The piece that is being received, one held back, and half a frame.
+            sizes.connection_bytes + 3 * sizes.receive_piece_bytes,
             Kind::Reserved,
-            "each with a piece of input",
+            "each with three pieces of input",
         ),
         line(
-            "send buffers",
+            "replies",
             fronts * connections,
-            sizes.send_buffers_bytes,
+            // In two buffers, each with room to grow.
+            2 * sizes.reply_bytes,
             Kind::OnDemand,
-            "two a connection",
+            "for clients that do not read",
         ),
-        line("streams", fronts * streams, sizes.stream_bytes, Kind::Reserved, "sequences + asks"),
+        line(
+            "streams",
+            fronts * streams,
+            sizes.stream_bytes,
+            Kind::Reserved,
+            "connections + asks + sequences",
+        ),
         line(
             "egress",
-            fronts * streams,
-            window * (token + sizes.frame_overhead_bytes),
+            fronts * sequences,
+            2 * window_bytes,
             Kind::OnDemand,
             "a window of frames a stream",
         ),
@@ -295,31 +329,38 @@ fn front_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Bound
         line(
             "tokenising",
             fronts,
-            // Rendered text beside the body, and at most one token a byte.
-            u64::from(limits.frame_bytes_max) * (2 + 2 * TOKEN),
+            limits.ingest_bytes_max + TEMPLATE_BYTES_MAX,
             Kind::OnDemand,
-            "one request: its text and tokens",
+            "texts of all bodies, one render",
         ),
         line(
-            "socket buffers",
+            "kernel, input",
             fronts * connections,
-            sizes.kernel_socket_bytes,
+            sizes.kernel_receive_bytes,
             Kind::Kernel,
-            "SO_SNDBUF and SO_RCVBUF, doubled",
+            "SO_RCVBUF, doubled by the kernel",
+        ),
+        line(
+            "kernel, output",
+            fronts * sequences,
+            // The kernel accounts for about twice the bytes of small sends.
+            2 * window_bytes,
+            Kind::Kernel,
+            "a window of frames a stream",
         ),
     ]
 }
 
+/// What the rendering of one conversation may take (its budget in `model/template.rs`).
+const TEMPLATE_BYTES_MAX: u64 = 64 << 20;
+
 fn program_bounds(sizes: &Sizes) -> Vec<Bound> {
-    let line = |name, count, each_bytes, reason| {
-        let kind = Kind::Reserved;
-        Bound { name, count, each_bytes, kind, reason }
-    };
+    let at_start = Kind::Reserved;
     vec![
-        line("tokenizer", 1, sizes.tokenizer_bytes, "vocabulary, merges, template"),
-        line("flight recorders", 1, sizes.recorder_bytes, "last events of every core"),
-        line("threads", sizes.threads, sizes.stack_bytes, "what of a stack is touched"),
-        line("program", 1, sizes.program_bytes, "code, libraries, allocator"),
+        line("tokenizer", 1, sizes.tokenizer_bytes, at_start, "vocabulary, merges, template"),
+        line("threads", sizes.threads, sizes.stack_bytes, at_start, "what of a stack is touched"),
+        line("program", 1, sizes.program_bytes, at_start, "code, libraries, allocator"),
+        line("model file", 1, sizes.file_bytes, Kind::Loading, "mapped until it is repacked"),
     ]
 }
 
@@ -347,11 +388,8 @@ impl fmt::Display for Envelope {
             let bytes = show_bytes(bound.bytes());
             writeln!(f, "{name:<20} {bytes:>11} {product:>18}  {kind:<10} {}", bound.reason)?;
         }
-        let line = |f: &mut fmt::Formatter<'_>, name, bytes| {
-            writeln!(f, "{name:<20} {:>11}", show_bytes(bytes))
-        };
-        line(f, "process, at most", self.process_bytes())?;
-        line(f, "kernel, at most", self.kernel_bytes())
+        writeln!(f, "{:<20} {:>11}", "process, at most", show_bytes(self.process_bytes()))?;
+        write!(f, "{:<20} {:>11}", "kernel, at most", show_bytes(self.kernel_bytes()))
     }
 }
 
@@ -385,11 +423,11 @@ mod tests {
             stream_bytes: 256,
             connection_bytes: 256,
             receive_piece_bytes: 4096,
-            send_buffers_bytes: 1 << 17,
-            frame_overhead_bytes: 12,
-            kernel_socket_bytes: 1 << 17,
+            reply_bytes: 1 << 14,
+            frame_overhead_bytes: 20,
+            kernel_receive_bytes: 1 << 17,
             tokenizer_bytes: 20 << 20,
-            recorder_bytes: 1 << 20,
+            file_bytes: 98 << 20,
             threads: 4,
             stack_bytes: 1 << 17,
             program_bytes: 16 << 20,
@@ -401,20 +439,39 @@ mod tests {
         assert_eq!(shape().kv_block_bytes(2), 1440 << 10);
     }
 
+    fn bytes_of(envelope: &Envelope, name: &str) -> u64 {
+        envelope.bounds().iter().find(|bound| bound.name == name).unwrap().bytes()
+    }
+
     #[test]
     fn the_sums_are_the_lines_and_the_kernel_is_apart() {
         let envelope = Envelope::new(&Limits::default(), &shape(), &sizes());
-        let sum: u64 = envelope.bounds().iter().map(Bound::bytes).sum();
-        assert_eq!(envelope.total_bytes(), sum);
-        assert_eq!(envelope.process_bytes() + envelope.kernel_bytes(), sum);
-        assert_eq!(envelope.kernel_bytes(), 1024 << 17);
-        let pool = envelope.bounds().iter().find(|bound| bound.name == "KV pool").unwrap();
-        assert_eq!((pool.bytes(), pool.kind), (100 * (1440 << 10), Kind::Prefaulted));
+        let sum = |kind: Kind| -> u64 {
+            envelope.bounds().iter().filter(|b| b.kind == kind).map(Bound::bytes).sum()
+        };
+        assert_eq!(envelope.kernel_bytes(), sum(Kind::Kernel));
+        let always = sum(Kind::Prefaulted) + sum(Kind::Reserved);
+        assert_eq!(envelope.process_bytes(), always + sum(Kind::OnDemand));
+        assert_eq!(bytes_of(&envelope, "KV pool"), 100 * (1440 << 10));
+        assert_eq!(bytes_of(&envelope, "kernel, input"), 1024 << 17);
+    }
+
+    #[test]
+    fn a_large_file_counts_in_place_of_the_load_that_comes_after_it() {
+        let small = Envelope::new(&Limits::default(), &shape(), &sizes());
+        let sizes = Sizes { file_bytes: 1 << 40, ..sizes() };
+        let large = Envelope::new(&Limits::default(), &shape(), &sizes);
+        let on_demand = |bound: &&Bound| bound.kind == Kind::OnDemand;
+        let load: u64 = small.bounds().iter().filter(on_demand).map(Bound::bytes).sum();
+        assert_eq!(large.process_bytes(), small.process_bytes() - load + (1 << 40));
     }
 
     #[test]
     fn every_limit_that_costs_memory_is_in_the_sum() {
-        let total = |limits: &Limits| Envelope::new(limits, &shape(), &sizes()).total_bytes();
+        let total = |limits: &Limits| {
+            let envelope = Envelope::new(limits, &shape(), &sizes());
+            envelope.process_bytes() + envelope.kernel_bytes()
+        };
         let base = total(&Limits::default());
         let grown = |change: fn(&mut Limits)| {
             let mut limits = Limits::default();
@@ -422,7 +479,6 @@ mod tests {
             assert!(total(&limits) > base, "{limits:?}");
         };
         grown(|l| l.connections_max += 1);
-        grown(|l| l.frame_bytes_max += 1);
         grown(|l| l.ingest_bytes_max += 1);
         grown(|l| l.asks_max += 1);
         grown(|l| l.stream_window_tokens_max += 1);
@@ -437,7 +493,7 @@ mod tests {
     fn absurd_bounds_stay_absurd_instead_of_wrapping() {
         let sizes = Sizes { kv_blocks: u64::MAX, ..sizes() };
         let envelope = Envelope::new(&Limits::default(), &shape(), &sizes);
-        assert_eq!(envelope.total_bytes(), u64::MAX);
+        assert_eq!(envelope.process_bytes(), u64::MAX);
     }
 
     #[test]

@@ -47,8 +47,9 @@ pub const ROLES: [&str; 5] = ["system", "user", "assistant", "tool", "developer"
 /// Largest template: the longest in use, with tool calling, have some 20 KB.
 const SOURCE_BYTES_MAX: usize = 256 << 10;
 /// A render's budget of work and memory, about one unit an instruction or 64 bytes of strings
-/// made: 64 MB, where a conversation of 1 MiB makes some 5 MB in the usual templates.
-const FUEL: u64 = 1_000_000;
+/// made, and some 30 ms when it is used up. In the usual templates a conversation of 1 MiB takes
+/// 80,000 and each message 60.
+const FUEL: u64 = 400_000;
 /// Longest output: eight times the largest frame.
 const OUTPUT_BYTES_MAX: usize = 8 << 20;
 /// Deepest recursion of macros and loops.
@@ -236,6 +237,7 @@ impl ChatTemplate {
                         counts.push((conversation.len(), tokenizer.encode_prompt(prompt).len()));
                     }
                     Err(TemplateError::Empty) => {}
+                    Err(TemplateError::TooLarge) => return Err(TemplateError::TooLarge),
                     Err(error) => refusal = refusal.or(Some(error)),
                 }
             }

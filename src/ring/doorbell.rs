@@ -130,7 +130,9 @@ impl Doorbell {
             Parked::Yes => Poll::Pending,
             Parked::Rung => Poll::Ready(()),
             Parked::Busy => {
-                // A ringer is between two instructions, taking an earlier waker out: come again.
+                // A ringer was put aside between two instructions, with an earlier waker half out
+                // of the cell: let it go on, and come again.
+                thread::yield_now();
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }

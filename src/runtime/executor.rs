@@ -22,8 +22,9 @@ use glommio::io::BufferedFile;
 use glommio::{LocalExecutorBuilder, Placement};
 
 use super::epoll_loop::{self, EpollLoop};
+use super::gate::Gate;
 use super::poll_ring::{self, PollRing};
-use super::stall::{self, Pulse};
+use super::stall::{Pulse, TaskName};
 use super::{Flavour, clock, sched};
 use crate::base::Instant;
 use crate::ring::Doorbell;
@@ -33,8 +34,8 @@ use crate::ring::Doorbell;
 const IO_MEMORY_BYTES: usize = 64 << 10;
 /// Entries of each of glommio's three rings. It reads one eventfd, timers and files.
 const RING_DEPTH: usize = 128;
-/// How long tasks that only yield keep glommio from looking at timers and descriptors.
-const PREEMPT_AFTER: Duration = Duration::from_millis(1);
+/// glommio's own preemption is switched off, by a timer that does not fire: see [`Gate`].
+const PREEMPT_NEVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 
 /// An executor that runs.
 pub struct ExecutorHandle<T> {
@@ -121,19 +122,21 @@ fn prepare(cpu: Option<usize>) -> io::Result<()> {
 }
 
 enum Engine {
-    Glommio(glommio::LocalExecutor, PollRing),
+    Glommio(Box<(glommio::LocalExecutor, PollRing)>),
     Epoll(EpollLoop),
 }
 
 impl Engine {
     fn new_glommio() -> io::Result<Engine> {
+        // First, as glommio panics where rings are denied, and this says so.
+        let polls = PollRing::new()?;
         let executor = LocalExecutorBuilder::new(Placement::Unbound)
             .io_memory(IO_MEMORY_BYTES)
             .ring_depth(RING_DEPTH)
-            .preempt_timer(PREEMPT_AFTER)
+            .preempt_timer(PREEMPT_NEVER)
             .make()
             .map_err(|e| io::Error::other(format!("glommio: {e}")))?;
-        Ok(Engine::Glommio(executor, PollRing::new()?))
+        Ok(Engine::Glommio(Box::new((executor, polls))))
     }
 
     fn new_epoll() -> io::Result<Engine> {
@@ -147,7 +150,10 @@ impl Engine {
         Fut::Output: 'static,
     {
         match self {
-            Engine::Glommio(executor, polls) => run_glommio(&executor, polls, pulse, make),
+            Engine::Glommio(engine) => {
+                let (executor, polls) = *engine;
+                run_glommio(&executor, polls, pulse, make)
+            }
             Engine::Epoll(on) => {
                 let (executor, on) = (Rc::new(LocalExecutor::new()), Rc::new(on));
                 let place = Place::Epoll { executor: Rc::downgrade(&executor), on: on.clone() };
@@ -169,10 +175,12 @@ where
     Fut::Output: 'static,
 {
     let event = polls.event()?;
+    let gate = Rc::new(Gate::new(polls.event()?));
     let polls = Rc::new(RefCell::new(polls));
     let output = executor.run(async move {
-        let reaper = glommio::spawn_local(reap(event, polls.clone()));
-        let output = run_main(Place::Glommio { polls: polls.clone() }, pulse, make).await;
+        let reaper = glommio::spawn_local(reap(event, polls.clone(), gate.clone()));
+        let place = Place::Glommio { polls: polls.clone(), gate };
+        let output = run_main(place, pulse, make).await;
         polls.borrow_mut().stop();
         reaper.await;
         output
@@ -180,13 +188,18 @@ where
     Ok(output)
 }
 
-/// Wakes those who wait for descriptors, until the poll ring is stopped.
-async fn reap(event: OwnedFd, polls: Rc<RefCell<PollRing>>) {
+/// Wakes those who wait for descriptors or at the gate, until the poll ring is stopped.
+async fn reap(event: OwnedFd, polls: Rc<RefCell<PollRing>>, gate: Rc<Gate>) {
     // SAFETY: glommio makes files from open paths or raw numbers only. The number is that of a
     // descriptor which is given away here and has no other owner; the file closes it.
     let event = unsafe { BufferedFile::from_raw_fd(event.into_raw_fd()) };
-    // The eight bytes are a count of completions that nobody needs.
-    while event.read_at(0, 8).await.is_ok() && polls.borrow_mut().reap() {}
+    // The eight bytes are a count of signals that nobody needs.
+    while event.read_at(0, 8).await.is_ok() {
+        gate.open();
+        if !polls.borrow_mut().reap() {
+            break;
+        }
+    }
     // An error would be about a descriptor that is gone all the same.
     let _ = event.close().await;
 }
@@ -198,15 +211,48 @@ where
     Fut: Future,
 {
     let tasks = Rc::new(Tasks::default());
-    let local = Local { place, tasks: Rc::downgrade(&tasks), pulse: pulse.clone() };
-    let mut main = pin!(stall::watched(make(local), "main", pulse));
+    let local = Local { place, tasks: Rc::downgrade(&tasks), pulse };
+    let mut turn = Turn::new(&local, "main");
+    let mut main = pin!(make(local));
     let output = std::future::poll_fn(|context| {
         tasks.rethrow(context.waker());
-        main.as_mut().poll(context)
+        turn.take(context, |context| main.as_mut().poll(context))
     })
     .await;
     drop(tasks);
     output
+}
+
+/// What surrounds every poll of a task.
+struct Turn {
+    pulse: Arc<Pulse>,
+    name: TaskName,
+    gate: Option<Rc<Gate>>,
+}
+
+impl Turn {
+    fn new(local: &Local, name: &'static str) -> Turn {
+        let gate = match &local.place {
+            Place::Glommio { gate, .. } => Some(gate.clone()),
+            Place::Epoll { .. } => None,
+        };
+        Turn { pulse: local.pulse.clone(), name: TaskName::new(name), gate }
+    }
+
+    fn take<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        poll: impl FnOnce(&mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
+        if self.gate.as_ref().is_some_and(|gate| gate.holds(context.waker())) {
+            return Poll::Pending;
+        }
+        let (polled, ns) = self.pulse.watch(self.name, || poll(context));
+        if let Some(gate) = &self.gate {
+            gate.spend(ns);
+        }
+        polled
+    }
 }
 
 /// The executor that a task runs on. Stays on its thread.
@@ -219,7 +265,7 @@ pub struct Local {
 
 #[derive(Clone)]
 enum Place {
-    Glommio { polls: Rc<RefCell<PollRing>> },
+    Glommio { polls: Rc<RefCell<PollRing>>, gate: Rc<Gate> },
     Epoll { executor: Weak<LocalExecutor<'static>>, on: Rc<EpollLoop> },
 }
 
@@ -242,7 +288,7 @@ impl Local {
     pub fn spawn(&self, name: &'static str, future: impl Future<Output = ()> + 'static) {
         // After the main future's end nothing is started any more.
         let Some(tasks) = self.tasks.upgrade() else { return };
-        let task = tasks.add(stall::watched(future, name, self.pulse.clone()));
+        let task = tasks.add(future, Turn::new(self, name));
         match &self.place {
             Place::Glommio { .. } => drop(glommio::spawn_local(task).detach()),
             Place::Epoll { executor, .. } => {
@@ -275,7 +321,7 @@ impl Local {
     /// The kernel's, e.g. EBADF.
     pub async fn readable(&self, fd: RawFd) -> io::Result<()> {
         match &self.place {
-            Place::Glommio { polls } => poll_ring::Readable::new(polls.clone(), fd).await,
+            Place::Glommio { polls, .. } => poll_ring::Readable::new(polls.clone(), fd).await,
             Place::Epoll { on, .. } => epoll_loop::Readable::new(on.clone(), fd).await,
         }
     }
@@ -326,7 +372,7 @@ struct Tasks {
 }
 
 impl Tasks {
-    fn add(self: &Rc<Tasks>, future: impl Future<Output = ()> + 'static) -> Task {
+    fn add(self: &Rc<Tasks>, future: impl Future<Output = ()> + 'static, turn: Turn) -> Task {
         let body: Body = Rc::new(RefCell::new(Some(Box::pin(future))));
         let mut bodies = self.bodies.borrow_mut();
         let at = self.free.borrow_mut().pop().unwrap_or(bodies.len());
@@ -334,7 +380,7 @@ impl Tasks {
             bodies.push(None);
         }
         bodies[at] = Some(body.clone());
-        Task { body, of: Rc::downgrade(self), at }
+        Task { body, turn, of: Rc::downgrade(self), at }
     }
 
     /// Panics if a task did; else notes whom to wake when one does.
@@ -383,6 +429,7 @@ impl Drop for Tasks {
 /// What the executor polls of a task: its body, as long as there is one.
 struct Task {
     body: Body,
+    turn: Turn,
     of: Weak<Tasks>,
     at: usize,
 }
@@ -391,16 +438,19 @@ impl Future for Task {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        let mut body = self.body.borrow_mut();
+        let task = self.get_mut();
+        let mut body = task.body.borrow_mut();
         let Some(future) = body.as_mut() else { return Poll::Ready(()) };
         // What a panic leaves half done is dropped, not looked at again.
-        let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context)));
+        let polled = catch_unwind(AssertUnwindSafe(|| {
+            task.turn.take(context, |context| future.as_mut().poll(context))
+        }));
         if matches!(polled, Ok(Poll::Pending)) {
             return Poll::Pending;
         }
         *body = None;
-        if let Some(tasks) = self.of.upgrade() {
-            tasks.finished(self.at);
+        if let Some(tasks) = task.of.upgrade() {
+            tasks.finished(task.at);
             if let Err(panic) = polled {
                 tasks.panicked(panic);
             }

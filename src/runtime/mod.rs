@@ -2,7 +2,7 @@
 //!
 //! Core: every core's shell uses it; core code (pure state machines) never does.
 //!
-//! - [`probe`]: at start, what this machine and its container allow, and what a denial costs;
+//! - [`mod@probe`]: at start, what this machine and its container allow, and what a denial costs;
 //! - [`topology`]: which role runs on which CPU;
 //! - [`executor`]: one thread, one executor: glommio, or an epoll loop where io_uring is denied;
 //! - [`clock`], [`sched`], [`shutdown`], [`stall`], [`recorder`]: see there.
@@ -10,6 +10,7 @@
 pub mod clock;
 mod epoll_loop;
 pub mod executor;
+mod gate;
 pub mod lifecycle;
 mod poll_ring;
 pub mod probe;

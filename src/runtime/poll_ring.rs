@@ -49,7 +49,7 @@ impl PollRing {
 
     /// For the task that reads it: a descriptor of its own.
     pub(super) fn event(&self) -> io::Result<OwnedFd> {
-        Ok(self.event.try_clone()?)
+        self.event.try_clone()
     }
 
     /// Works off completions and wakes their futures. False once `stop` was called.

@@ -1,11 +1,8 @@
 //! Who holds up an executor: every poll of a task leaves its name and start where a watcher on
 //! another thread can see them.
 
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::thread;
 use std::time::Duration;
 
@@ -69,10 +66,21 @@ impl Pulse {
         Some(Stall { executor: self.executor, task, lasted_ns, poll: polls })
     }
 
-    fn enter(&self, task: u32) {
+    /// Runs one poll of a task, visibly; returns its outcome and how long it took in nanoseconds.
+    pub(super) fn watch<T>(&self, task: TaskName, poll: impl FnOnce() -> T) -> (T, u64) {
+        let start = self.enter(task.0);
+        let leave = Leave(self);
+        let outcome = poll();
+        drop(leave);
+        (outcome, clock::now().ns_since(start))
+    }
+
+    fn enter(&self, task: u32) -> Instant {
         self.task.store(task, Ordering::Release);
         self.polls.fetch_add(1, Ordering::AcqRel);
-        self.since_ns.store(clock::now().as_ns().max(1), Ordering::Release);
+        let now = clock::now();
+        self.since_ns.store(now.as_ns().max(1), Ordering::Release);
+        now
     }
 
     fn leave(&self) {
@@ -93,20 +101,23 @@ pub struct Stall {
     pub poll: u64,
 }
 
-/// The future with every poll of it shown in the pulse.
-pub(super) fn watched<F: Future>(
-    future: F,
-    name: &'static str,
-    pulse: Arc<Pulse>,
-) -> impl Future<Output = F::Output> {
-    let task = number_of(name);
-    let mut future = Box::pin(future);
-    std::future::poll_fn(move |context: &mut Context<'_>| -> Poll<F::Output> {
-        pulse.enter(task);
-        let polled = Pin::as_mut(&mut future).poll(context);
-        pulse.leave();
-        polled
-    })
+/// A task's name, by its number in [`NAMES`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TaskName(u32);
+
+impl TaskName {
+    pub(super) fn new(name: &'static str) -> TaskName {
+        TaskName(number_of(name))
+    }
+}
+
+/// Ends a poll, also one that panics.
+struct Leave<'a>(&'a Pulse);
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
 }
 
 /// Watches executors from a thread of its own, and ends with its handle.

@@ -25,18 +25,22 @@ pub struct Progress {
     first_ns: Option<u64>,
     last_ns: u64,
     tokens: u32,
+    /// The server has said whether it takes it.
+    pub is_answered: bool,
 }
 
 impl Progress {
     /// A request that was meant to begin now. In an open loop that is when it arrives, however
     /// late it is sent: a generator or server that falls behind must not look faster for it.
     pub fn begin(intended_ns: u64, prompt_tokens: u32) -> Progress {
-        Progress { intended_ns, prompt_tokens, first_ns: None, last_ns: intended_ns, tokens: 0 }
-    }
-
-    /// When it was meant to begin.
-    pub fn intended_ns(&self) -> u64 {
-        self.intended_ns
+        Progress {
+            intended_ns,
+            prompt_tokens,
+            first_ns: None,
+            last_ns: intended_ns,
+            tokens: 0,
+            is_answered: false,
+        }
     }
 
     fn ttft_ns(&self) -> Option<u64> {
@@ -149,6 +153,11 @@ impl Tally {
             self.requests += 1;
             record(&mut self.late_ns, now_ns.saturating_sub(progress.intended_ns), 1);
         }
+    }
+
+    /// A request could not even be sent: it counts, and never ends.
+    pub fn unsent(&mut self, intended_ns: u64) {
+        self.requests += u64::from(self.measured_ns.contains(&intended_ns));
     }
 
     /// `tokens` tokens of a request came together. They share the time since the one before

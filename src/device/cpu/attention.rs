@@ -172,3 +172,188 @@ fn merge(
     state.max = merged;
     kernels.blend(out, before, partial, now);
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::device::cpu::isa::Isa;
+    use crate::device::cpu::kernels::tests::{Noise, relative_l2};
+    use crate::device::cpu::kv::KvLayout;
+
+    const LAYERS: usize = 2;
+    const KV_HEADS: usize = 2;
+
+    /// A sequence's rotated queries, keys and values, and a pool that holds it.
+    struct Sequence {
+        head_dim: usize,
+        group: usize,
+        /// `[position][head in group][dim]`.
+        queries: Vec<f32>,
+        keys: Vec<f32>,
+        values: Vec<f32>,
+        blocks: Vec<BlockId>,
+        pool: KvPool,
+    }
+
+    impl Sequence {
+        /// `used`: an earlier owner left the blocks full.
+        fn new(positions: usize, head_dim: usize, group: usize, seed: u64, used: bool) -> Sequence {
+            let mut noise = Noise(seed);
+            let queries = noise.normals(positions * group * head_dim);
+            let keys = noise.normals(positions * head_dim);
+            let values = noise.normals(positions * head_dim);
+            let count = positions.div_ceil(BLOCK_POSITIONS) as u32;
+            let layout = KvLayout::new(LAYERS, KV_HEADS, head_dim);
+            let pool = KvPool::new(layout, count + 3).expect("memory");
+            let blocks: Vec<BlockId> = (0..count).map(|index| count + 2 - index).collect();
+            let sequence = Sequence { head_dim, group, queries, keys, values, blocks, pool };
+            if used {
+                let old = [f32::MAX, -2e30].repeat(head_dim / 2);
+                for position in 0..sequence.blocks.len() * BLOCK_POSITIONS {
+                    sequence.write(position, &old, &old);
+                }
+            }
+            for position in 0..positions {
+                let range = position * head_dim..(position + 1) * head_dim;
+                let (key, value) = (&sequence.keys[range.clone()], &sequence.values[range]);
+                sequence.write(position, key, value);
+            }
+            sequence
+        }
+
+        fn write(&self, position: usize, key: &[f32], value: &[f32]) {
+            let place = (self.blocks[position / BLOCK_POSITIONS], 1, 1);
+            // SAFETY: the test has the pool alone.
+            unsafe { self.pool.write(place, position % BLOCK_POSITIONS, key, value) };
+        }
+
+        /// Queries `first` to `first + count`, counted over positions and heads.
+        fn attend(&self, kernels: &Kernels, first: usize, count: usize) -> Vec<f32> {
+            let dim = self.pool.layout().padded_dim();
+            let scale = std::f32::consts::LOG2_E / (self.head_dim as f32).sqrt();
+            let mut values = vec![0u16; count * dim];
+            for (index, out) in values.chunks_mut(dim).enumerate() {
+                let query = &self.queries[(first + index) * self.head_dim..][..self.head_dim];
+                let scaled: Vec<f32> = query.iter().map(|value| value * scale).collect();
+                kernels.to_bf16(&scaled, out);
+            }
+            let position = first / self.group;
+            let last = (first + count - 1) / self.group;
+            let queries = Queries {
+                values: &values,
+                position,
+                first_head: first % self.group,
+                group: self.group,
+                blocks: &self.blocks[..last / BLOCK_POSITIONS + 1],
+                layer: 1,
+                kv_head: 1,
+            };
+            let mut scratch = AttentionScratch::new(dim);
+            let mut out = vec![f32::NAN; count * dim];
+            // SAFETY: the test has the pool alone.
+            unsafe { attend(kernels, &self.pool, &queries, &mut scratch, &mut out) };
+            let heads = out.chunks(dim);
+            assert!(heads.clone().all(|head| head[self.head_dim..].iter().all(|&x| x == 0.0)));
+            heads.flat_map(|head| head[..self.head_dim].to_vec()).collect()
+        }
+
+        fn exact(&self, query: usize) -> Vec<f64> {
+            let dim = self.head_dim;
+            let head = |of: &[f32], at: usize| -> Vec<f64> {
+                of[at * dim..(at + 1) * dim].iter().map(|&x| f64::from(x)).collect()
+            };
+            let q = head(&self.queries, query);
+            let visible = query / self.group + 1;
+            let scores = (0..visible).map(|position| {
+                let dot: f64 = head(&self.keys, position).iter().zip(&q).map(|(k, q)| k * q).sum();
+                (dot / (dim as f64).sqrt()).exp()
+            });
+            let scores: Vec<f64> = scores.collect();
+            let total: f64 = scores.iter().sum();
+            let mut out = vec![0.0; dim];
+            for (position, score) in scores.iter().enumerate() {
+                for (out, value) in out.iter_mut().zip(head(&self.values, position)) {
+                    *out += score / total * value;
+                }
+            }
+            out
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        /// Queries, keys, values and probabilities are each rounded to bf16 (2^-9 at most, a
+        /// third of it on average): together well below 5e-3.
+        #[test]
+        fn attention_equals_its_definition_and_no_query_meets_another(
+            positions in 1usize..200, dim in 0usize..4, group in 1usize..5, seed: u64,
+            used: bool, start in 0.0f64..1.0, count in 1usize..=GROUP_MAX,
+        ) {
+            let head_dim = [64, 16, 80, 128][dim];
+            let sequence = Sequence::new(positions, head_dim, group, seed, used);
+            let fresh = Sequence::new(positions, head_dim, group, seed, false);
+            let total = positions * group;
+            let first = ((start * total as f64) as usize).min(total - 1);
+            let count = count.min(total - first);
+            let exact: Vec<f64> =
+                (first..first + count).flat_map(|query| sequence.exact(query)).collect();
+            for isa in Isa::available() {
+                let kernels = Kernels::of(isa).expect("available");
+                let out = sequence.attend(kernels, first, count);
+                let error = relative_l2(out.iter().map(|&x| f64::from(x)), &exact);
+                prop_assert!(error < 5e-3, "{}: {}", isa, error);
+                prop_assert_eq!(&out, &fresh.attend(kernels, first, count));
+                for (index, out) in out.chunks(head_dim).enumerate() {
+                    let alone = sequence.attend(kernels, first + index, 1);
+                    prop_assert_eq!(&alone[..], out, "{}, query {}", isa, first + index);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn long_contexts_and_scores_far_apart_stay_accurate() {
+        let mut sequence = Sequence::new(3000, 64, 3, 5, false);
+        // Scores in the hundreds: all but one or two probabilities vanish.
+        for value in &mut sequence.queries {
+            *value *= 40.0;
+        }
+        for isa in Isa::available() {
+            let kernels = Kernels::of(isa).expect("available");
+            for query in [8999, 4000, 191, 192, 0] {
+                let out = sequence.attend(kernels, query, 1);
+                let exact = sequence.exact(query);
+                assert!(out.iter().all(|value| value.is_finite()));
+                // A score of 300 rounded at 2^-9 is off by up to half: only roughly right.
+                let error = relative_l2(out.iter().map(|&x| f64::from(x)), &exact);
+                assert!(error < 0.5, "{isa}, query {query}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_reaches_no_later_owner_of_the_block() {
+        let head_dim = 64;
+        let poisoned = Sequence::new(9, head_dim, 1, 3, false);
+        let bad = [f32::NAN, f32::INFINITY].repeat(head_dim / 2);
+        for position in 0..BLOCK_POSITIONS {
+            poisoned.write(position, &bad, &bad);
+        }
+        for position in 0..9 {
+            let range = position * head_dim..(position + 1) * head_dim;
+            let (key, value) = (&poisoned.keys[range.clone()], &poisoned.values[range]);
+            poisoned.write(position, key, value);
+        }
+        let clean = Sequence::new(9, head_dim, 1, 3, false);
+        for isa in Isa::available() {
+            let kernels = Kernels::of(isa).expect("available");
+            for query in 0..9 {
+                let out = poisoned.attend(kernels, query, 1);
+                assert_eq!(out, clean.attend(kernels, query, 1), "{isa}, query {query}");
+            }
+        }
+    }
+}

@@ -11,16 +11,16 @@
 #![allow(unsafe_code)]
 
 mod acts;
-mod attention;
+pub mod attention;
 mod forward;
 pub mod isa;
 pub mod kernels;
-mod kv;
-mod logits;
-mod memory;
-mod pack;
-mod rows;
-mod sample;
+pub mod kv;
+pub mod logits;
+pub mod memory;
+pub mod pack;
+pub mod rows;
+pub mod sample;
 mod schedule;
 mod weights;
 mod workers;

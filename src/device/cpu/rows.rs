@@ -333,7 +333,10 @@ mod tests {
             swiglu(&gate, &ups, &mut out);
             for (&g, &y) in gate.iter().zip(&out) {
                 let exact = f64::from(g) / (1.0 + (-f64::from(g)).exp()) * f64::from(up);
-                prop_assert!((exact - f64::from(y)).abs() <= 2e-6 * exact.abs() + 1e-30);
+                // Rounding the exponent of 2 costs half a unit of it: relative to the result,
+                // |gate| times half a unit.
+                let bound = 2e-7 * (2.0 + f64::from(g).abs());
+                prop_assert!((exact - f64::from(y)).abs() <= bound * exact.abs() + 1e-30);
             }
         }
     }

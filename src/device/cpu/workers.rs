@@ -164,10 +164,12 @@ impl Team {
             self.wait(index, || {
                 self.jobs.load(Ordering::SeqCst) != done || self.stopping.load(Ordering::SeqCst)
             });
-            if self.stopping.load(Ordering::SeqCst) {
+            let jobs = self.jobs.load(Ordering::SeqCst);
+            // A job that was begun before the end is run by all, or some would wait for the rest.
+            if jobs == done {
                 return;
             }
-            done = self.jobs.load(Ordering::SeqCst);
+            done = jobs;
             let lane = Lane { team: self, index };
             let result = catch_unwind(AssertUnwindSafe(|| {
                 if !self.broken.load(Ordering::SeqCst) {
@@ -243,9 +245,9 @@ impl Workers {
 impl Drop for Workers {
     fn drop(&mut self) {
         self.team.stopping.store(true, Ordering::SeqCst);
+        // Not by flag: construction may have ended before the flags could be used.
+        self.handles.iter().for_each(|handle| handle.thread().unpark());
         for handle in self.handles.drain(..) {
-            // Not by flag: construction may have ended before the flags could be used.
-            handle.thread().unpark();
             // A worker's panics are caught, so there is nothing to report.
             let _ = handle.join();
         }

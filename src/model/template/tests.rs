@@ -222,6 +222,16 @@ fn the_bound_on_a_templates_own_tokens_holds_for_long_conversations() {
 }
 
 #[test]
+fn a_conversation_as_large_as_a_frame_may_be_is_rendered() {
+    let long = "word <|im_end|> ".repeat((1 << 20) / 16);
+    for source in [SMOLLM2, TRIMMING, LOOKING, DELETING] {
+        assert!(rendered(source, &[("user", &long)]).contains(long.trim()));
+        let many = vec![("user", "a"); 1_000];
+        assert_eq!(rendered(source, &many).matches("[<|im_start|>]").count() / 1_000, 1);
+    }
+}
+
+#[test]
 fn every_character_survives_a_conversation() {
     let content: String = (0..0x11_0000u32).step_by(3).filter_map(char::from_u32).collect();
     let text = rendered(SMOLLM2, &[("system", ""), ("user", &content)]);

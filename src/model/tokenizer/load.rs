@@ -1,6 +1,5 @@
 //! A tokenizer from a model's metadata.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use aho_corasick::{AhoCorasick, MatchKind};
@@ -23,10 +22,17 @@ const MERGES: &str = "tokenizer.ggml.merges";
 const SCORES: &str = "tokenizer.ggml.scores";
 
 /// Longest vocabulary entry: the longest in use are runs of some hundred spaces.
-const TOKEN_BYTES_MAX: usize = 4096;
-/// Words whose tokens the crate remembers, per thread: some 10,000 words make up nearly all of a
-/// language's running text, and at most 256 bytes each make 5 MB at the very worst.
-const WORDS_REMEMBERED: usize = 10_000;
+const TOKEN_BYTES_MAX: usize = 1024;
+/// Ways to put an entry of a SentencePiece vocabulary together, on average: about 2 in those of
+/// Llama and Gemma. Without a bound, a small file could ask for gigabytes of them.
+const WAYS_PER_PIECE_MAX: usize = 8;
+/// Control and user-defined tokens are searched for with an automaton whose memory is some 50
+/// times their text; a few hundred of them, some KB, is usual.
+const MARKER_BYTES_MAX: usize = 1 << 20;
+/// Words whose tokens the crate remembers, per thread; it never forgets one. A language's 4,000
+/// most frequent words are most of its running text and take 1 MB. A client that sends odd words
+/// of 255 bytes can make it 33 MB, and no more.
+const WORDS_REMEMBERED: usize = 4_096;
 
 /// Control tokens that end an answer wherever they are in a vocabulary: files often name one of
 /// them where the model uses several.
@@ -119,6 +125,11 @@ impl<'a> Vocabulary<'a> {
         }
         if texts.is_empty() {
             return Ok(None);
+        }
+        let bytes = texts.iter().map(|text| text.len() as u64).sum();
+        if bytes > MARKER_BYTES_MAX as u64 {
+            let what = "the length of all control and user-defined tokens together".into();
+            return Err(GgufError::TooLarge { what, found: bytes, max: MARKER_BYTES_MAX as u64 });
         }
         let search = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(texts);
         let search = search.map_err(|error| {
@@ -270,14 +281,21 @@ fn sentence_pieces(
     let mut pieces: Vec<(TokenId, &str)> = normal().map(|(id, piece, _)| (id, piece)).collect();
     pieces.sort_by(|a, b| scores[b.0 as usize].total_cmp(&scores[a.0 as usize]));
     let mut merges = Vec::new();
-    let mut seen = BTreeSet::new();
     for (_, piece) in pieces {
-        for (at, _) in piece.char_indices().skip(1) {
-            let (left, right) = piece.split_at(at);
-            let is_known = vocab.contains_key(left) && vocab.contains_key(right);
-            if is_known && seen.insert((left, right)) {
-                merges.push((left.to_owned(), right.to_owned()));
-            }
+        let splits = piece.char_indices().skip(1).map(|(at, _)| piece.split_at(at));
+        let mut splits: Vec<(TokenId, TokenId, &str, &str)> = splits
+            .filter_map(|(left, right)| Some((*vocab.get(left)?, *vocab.get(right)?, left, right)))
+            .collect();
+        // Of several ways to make a piece, the one of lower ids goes first, as in Hugging Face's
+        // conversion of such vocabularies.
+        splits.sort_unstable();
+        let splits = splits.into_iter();
+        merges.extend(splits.map(|(_, _, left, right)| (left.to_owned(), right.to_owned())));
+        let merges_max = vocabulary.tokens.len() * WAYS_PER_PIECE_MAX;
+        if merges.len() > merges_max {
+            let what = "the number of ways to put the vocabulary's pieces together".into();
+            let (found, max) = (merges.len() as u64, merges_max as u64);
+            return Err(GgufError::TooLarge { what, found, max }.into());
         }
     }
     let bpe = BPE::builder()

@@ -309,3 +309,19 @@ fn pieces_that_reach_over_a_space_are_refused() {
     let message = Tokenizer::from_gguf(&gguf).expect_err("refused").to_string();
     assert!(message.contains("o▁w") && message.contains("reaches over a space"), "{message}");
 }
+
+#[test]
+fn a_vocabulary_with_too_many_ways_to_make_its_pieces_is_refused() {
+    let mut file = piece_vocabulary();
+    let tokens: Vec<String> = (1..200).map(|length| "a".repeat(length)).collect();
+    let scores: Vec<u8> = tokens.iter().flat_map(|_| 0f32.to_le_bytes()).collect();
+    let mut array = 6u32.to_le_bytes().to_vec();
+    array.extend((tokens.len() as u64).to_le_bytes());
+    array.extend(scores);
+    file.set("tokenizer.ggml.scores", Meta::Raw(9, array));
+    file.set("tokenizer.ggml.token_type", Meta::I32s(vec![1; tokens.len()]));
+    file.set("tokenizer.ggml.tokens", Meta::Strings(tokens));
+    let gguf = Gguf::from_bytes(file.bytes()).expect("valid");
+    let message = Tokenizer::from_gguf(&gguf).expect_err("refused").to_string();
+    assert!(message.contains("ways to put"), "{message}");
+}

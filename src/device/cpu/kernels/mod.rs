@@ -14,6 +14,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod portable;
+#[cfg(test)]
+pub(crate) mod tests;
 
 use crate::device::cpu::isa::Isa;
 use crate::device::cpu::rows::{ActBlock, BLOCK};

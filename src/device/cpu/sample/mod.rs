@@ -434,3 +434,6 @@ fn draw(
     }
     choice as TokenId
 }
+
+#[cfg(test)]
+mod tests;
