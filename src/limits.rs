@@ -1,7 +1,12 @@
 //! Every bound of the program, with its reason.
 //!
-//! Memory is bounded by configuration (I9): what each bound costs in bytes is summed in
-//! [`Limits`]'s envelope and printed at start.
+//! Memory is bounded by configuration (I9): what each bound costs in bytes is summed in the
+//! [`Envelope`] and printed at start.
+
+mod envelope;
+
+use crate::message::BLOCK_POSITIONS;
+pub use envelope::{Bound, Envelope, Kind, ModelShape, Sizes, show_bytes};
 
 /// All bounds that the cores work under. Built once from the configuration, then read only.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,5 +103,181 @@ impl Limits {
     /// Sequences the engine may know at once: queued (granted ones count as queued), running, parked.
     pub fn sequences_max(&self) -> u32 {
         self.queued_requests_max + self.running_max + self.parked_max
+    }
+
+    /// These limits on a model of `model_context` tokens with a pool of `kv_blocks` blocks: no
+    /// sequence is longer than the model was made for, nor than the whole pool holds, or it could
+    /// never end. Says what was lowered and why.
+    ///
+    /// # Errors
+    /// When not even the smallest sequence fits.
+    pub fn fitted(&self, model_context: u64, kv_blocks: u64) -> Result<Fitted, TooSmall> {
+        let pool = kv_blocks.saturating_mul(BLOCK_POSITIONS as u64);
+        let wanted = u64::from(self.context_max);
+        let context = wanted.min(model_context).min(pool);
+        // A prompt of one token and one token of output.
+        if context < 2 {
+            return Err(TooSmall { kv_blocks, model_context });
+        }
+        let mut limits = self.clone();
+        limits.context_max = u32::try_from(context).expect("at most what a u32 held");
+        let lowered = match context {
+            _ if context == wanted => None,
+            _ if context == model_context => Some(Lowered::ToModelContext),
+            _ => Some(Lowered::ToPool),
+        };
+        Ok(Fitted { limits, lowered })
+    }
+
+    /// The relations between bounds that do not hold. All must, or some request that one bound
+    /// lets in could never pass the next.
+    pub fn broken_relations(&self) -> Vec<BrokenRelation> {
+        let at_least = |field, value: u64, than, least: u64, reason| {
+            (value < least).then_some(BrokenRelation { field, relation: "at least", than, reason })
+        };
+        let at_most = |field, value: u64, than, most: u64, reason| {
+            (value > most).then_some(BrokenRelation { field, relation: "at most", than, reason })
+        };
+        [
+            (self.step_tokens_max <= self.running_max).then_some(BrokenRelation {
+                field: "step_tokens_max",
+                relation: "above",
+                than: "running_max",
+                reason: "a step holds one token of every running sequence, and some prefill",
+            }),
+            at_most(
+                "chunk_tokens_max",
+                self.chunk_tokens_max.into(),
+                "step_tokens_max",
+                self.step_tokens_max.into(),
+                "a chunk is part of a step",
+            ),
+            at_least(
+                "queued_tokens_max",
+                self.queued_tokens_max,
+                "context_max",
+                self.context_max.into(),
+                "the queue must take the longest prompt when it is empty",
+            ),
+            at_least(
+                "queued_bytes_max",
+                self.queued_bytes_max,
+                "frame_bytes_max",
+                self.frame_bytes_max.into(),
+                "the queue must take the largest request when it is empty",
+            ),
+            at_least(
+                "ingest_bytes_max",
+                self.ingest_bytes_max,
+                "frame_bytes_max",
+                self.frame_bytes_max.into(),
+                "the largest request must be readable",
+            ),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+/// [`Limits`] as a model and a KV pool allow them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fitted {
+    /// With `context_max` as it is in force.
+    pub limits: Limits,
+    /// Why it is lower than it was.
+    pub lowered: Option<Lowered>,
+}
+
+/// What a sequence's length was lowered to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lowered {
+    /// The model was made for no longer ones.
+    ToModelContext,
+    /// The KV pool holds no longer ones.
+    ToPool,
+}
+
+/// The KV pool holds no sequence at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "no sequence fits: the KV pool has {kv_blocks} blocks of 64 positions and the model a context \
+     of {model_context} tokens; raise kv.pool_bytes"
+)]
+pub struct TooSmall {
+    /// Blocks in the pool.
+    pub kv_blocks: u64,
+    /// The model's context.
+    pub model_context: u64,
+}
+
+/// Two bounds that contradict each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BrokenRelation {
+    /// The field that is too small or too large.
+    pub field: &'static str,
+    /// "above", "at least" or "at most".
+    pub relation: &'static str,
+    /// The field it is compared with.
+    pub than: &'static str,
+    /// Why it must be so.
+    pub reason: &'static str,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_built_in_limits_contradict_nothing() {
+        assert_eq!(Limits::default().broken_relations(), []);
+        assert_eq!(Limits::tiny().broken_relations(), []);
+    }
+
+    #[test]
+    fn the_context_is_the_least_of_limit_model_and_pool() {
+        let limits = Limits { context_max: 1000, ..Limits::tiny() };
+        let fitted = |model, blocks| {
+            let fitted = limits.fitted(model, blocks).unwrap();
+            (fitted.limits.context_max, fitted.lowered)
+        };
+        assert_eq!(fitted(1000, 16), (1000, None));
+        assert_eq!(fitted(999, 16), (999, Some(Lowered::ToModelContext)));
+        assert_eq!(fitted(2000, 15), (960, Some(Lowered::ToPool)));
+        assert_eq!(fitted(2000, u64::MAX), (1000, None));
+        let refused = limits.fitted(2000, 0).unwrap_err();
+        assert!(refused.to_string().contains("raise kv.pool_bytes"));
+    }
+
+    #[test]
+    fn every_relation_is_found_broken_on_its_own() {
+        let broken = |change: fn(&mut Limits)| {
+            let mut limits = Limits::tiny();
+            change(&mut limits);
+            let names: Vec<_> =
+                limits.broken_relations().iter().map(|b| (b.field, b.than)).collect();
+            names
+        };
+        assert_eq!(
+            broken(|l| l.running_max = l.step_tokens_max),
+            [("step_tokens_max", "running_max")]
+        );
+        assert_eq!(broken(|l| l.running_max = l.step_tokens_max - 1), []);
+        assert_eq!(
+            broken(|l| l.chunk_tokens_max = l.step_tokens_max + 1),
+            [("chunk_tokens_max", "step_tokens_max")]
+        );
+        assert_eq!(
+            broken(|l| l.queued_tokens_max = u64::from(l.context_max) - 1),
+            [("queued_tokens_max", "context_max")]
+        );
+        assert_eq!(
+            broken(|l| l.queued_bytes_max = u64::from(l.frame_bytes_max) - 1),
+            [("queued_bytes_max", "frame_bytes_max")]
+        );
+        assert_eq!(
+            broken(|l| l.ingest_bytes_max = u64::from(l.frame_bytes_max) - 1),
+            [("ingest_bytes_max", "frame_bytes_max")]
+        );
     }
 }

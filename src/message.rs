@@ -115,6 +115,10 @@ pub enum ControlMessage {
 
 // ---------------------------------------------------------------------------- engine → front
 
+/// Batches that circulate between the engine and one front core: one being filled, one being
+/// emptied, and two on the way, so that a late front core does not hold up the next step's events.
+pub const EVENT_BATCHES: usize = 4;
+
 /// Everything the engine tells one front core in one go: at most one a step, plus answers.
 #[derive(Debug, Default)]
 pub struct EventBatch {

@@ -212,6 +212,24 @@ pub enum FinishReason {
     Operator = 9,
 }
 
+impl FinishReason {
+    /// The name used in metrics, logs and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            FinishReason::EndOfText => "end_of_text",
+            FinishReason::StopString => "stop_string",
+            FinishReason::MaxTokens => "max_tokens",
+            FinishReason::ContextFull => "context_full",
+            FinishReason::Cancelled => "cancelled",
+            FinishReason::Deadline => "deadline",
+            FinishReason::Stalled => "stalled",
+            FinishReason::ShuttingDown => "shutting_down",
+            FinishReason::DeviceFailed => "device_failed",
+            FinishReason::Operator => "operator",
+        }
+    }
+}
+
 /// Why a request was refused, or evicted before it was admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
@@ -234,6 +252,23 @@ pub enum RejectReason {
     QueueTtlExpired = 7,
     /// Its deadline passed while it waited.
     DeadlineExpired = 8,
+}
+
+impl RejectReason {
+    /// The name used in metrics, logs and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            RejectReason::QueueFull => "queue_full",
+            RejectReason::ExceedsCapacity => "exceeds_capacity",
+            RejectReason::Invalid => "invalid",
+            RejectReason::TooManyStreams => "too_many_streams",
+            RejectReason::ShuttingDown => "shutting_down",
+            RejectReason::NoCapacity => "no_capacity",
+            RejectReason::DeadlineUnattainable => "deadline_unattainable",
+            RejectReason::QueueTtlExpired => "queue_ttl_expired",
+            RejectReason::DeadlineExpired => "deadline_expired",
+        }
+    }
 }
 
 /// What a finished request used.

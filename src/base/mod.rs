@@ -7,8 +7,10 @@ pub mod fixed;
 pub mod prng;
 pub mod slab;
 pub mod time;
+pub mod token_table;
 
 pub use fixed::{FixedDeque, FixedVec};
 pub use prng::{Prng, Ratio};
 pub use slab::{Slab, SlabKey};
 pub use time::{Clock, Instant, ManualClock};
+pub use token_table::TokenTable;

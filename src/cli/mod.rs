@@ -3,8 +3,16 @@
 //! Core: none; each subcommand starts the cores it needs.
 
 mod args;
+mod bench;
+mod chat;
 mod models;
+mod plan;
 pub mod pull;
+mod run;
+mod serve;
+pub mod server;
+mod settings;
+mod target;
 
 use std::process::ExitCode;
 
@@ -68,8 +76,26 @@ fn run(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Some(Command::Pull(args)) => models::pull(&args),
         Some(Command::Models(args)) => models::list(&args),
-        None => Err(Failure::Runtime("nothing to serve with yet".into())),
+        Some(Command::Check(args)) => check(&args),
+        Some(Command::Plan(args)) => plan::plan(&args),
+        Some(Command::Serve(args)) => serve::serve(&args.settings),
+        Some(Command::Run(args)) => run::run(&args),
+        Some(Command::Chat(args)) => chat::chat(&args),
+        Some(Command::Bench(args)) => bench(&args),
+        None => serve::serve(&args::Settings::default()),
     }
+}
+
+fn bench(args: &args::Bench) -> Result<(), Failure> {
+    let target = target::Target::find(args.connect.as_deref(), &args.settings)?;
+    let ended = bench::run(args, target.address, &target.name);
+    ended.and(target.end())
+}
+
+fn check(args: &args::Check) -> Result<(), Failure> {
+    let file = args.file.as_deref().or(args.settings.config.as_deref());
+    let loaded = settings::load_from(file, &args.settings)?;
+    models::print(loaded.to_toml().trim_end())
 }
 
 /// Logs go to standard error as text, so that standard output is the program's answer alone.

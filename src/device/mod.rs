@@ -3,6 +3,12 @@
 //! Core: the device core, and the compute workers a backend owns. The seam is one *step*
 //! ([`crate::message::Step`]), never one operation: a backend is free to fuse and order as it likes.
 
+pub mod cpu;
+mod pump;
+pub mod task;
+
+pub use pump::DeviceCore;
+
 use crate::message::Step;
 
 /// What a backend is, for the start-up report and for sizing.

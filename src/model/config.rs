@@ -7,6 +7,7 @@
 
 use crate::model::gguf::{DType, Gguf, GgufError, Tensor, required, shown};
 use crate::model::rope::{Rope, RopeScaling};
+use crate::model::tokenizer::adds_bos;
 use crate::request::TokenId;
 
 /// The shape of a model, everything in it within range and consistent.
@@ -198,7 +199,7 @@ impl ModelConfig {
         }
         let head_dim = head_dim(&keys, hidden, heads)?;
         let vocab = vocab(gguf, &keys)?;
-        let token = |name: &str| token_id(gguf, name, vocab);
+        let token = |name: &str| token_id(gguf, &format!("tokenizer.ggml.{name}"), vocab);
         Ok(ModelConfig {
             name: gguf.text("general.name")?.unwrap_or(architecture).to_owned(),
             layers: keys.required_size("block_count", 1, LAYERS_MAX)?,
@@ -218,7 +219,7 @@ impl ModelConfig {
             bos: token("bos_token_id")?,
             eos: token("eos_token_id")?,
             eot: token("eot_token_id")?,
-            add_bos: gguf.boolean("tokenizer.ggml.add_bos_token")?.unwrap_or(false),
+            add_bos: adds_bos(gguf)?,
         })
     }
 
@@ -396,10 +397,9 @@ fn vocab(gguf: &Gguf, keys: &Keys<'_>) -> Result<usize, GgufError> {
     Ok(vocab)
 }
 
-/// A token id of the tokenizer's metadata, inside the vocabulary.
-fn token_id(gguf: &Gguf, name: &str, vocab: usize) -> Result<Option<TokenId>, GgufError> {
-    let key = format!("tokenizer.ggml.{name}");
-    let Some(id) = gguf.unsigned(&key)? else {
+/// A token id in the metadata, inside the vocabulary.
+pub(crate) fn token_id(gguf: &Gguf, key: &str, vocab: usize) -> Result<Option<TokenId>, GgufError> {
+    let Some(id) = gguf.unsigned(key)? else {
         return Ok(None);
     };
     // Writers put 2^32 - 1 where there is no such token.

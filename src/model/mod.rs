@@ -8,7 +8,13 @@ pub mod config;
 pub mod gguf;
 pub mod quant;
 pub mod rope;
+pub mod template;
+pub mod tokenizer;
+pub mod utf8;
 
 pub use config::{ModelConfig, RopeConfig, WeightKind, WeightSpec};
 pub use gguf::{DType, Gguf, GgufError, Tensor};
 pub use rope::{Rope, RopeScaling};
+pub use template::{ChatTemplate, Message, TemplateError};
+pub use tokenizer::{Encoder, Progress, Prompt, Segment, TokenTable, Tokenizer, TokenizerError};
+pub use utf8::Utf8Assembler;

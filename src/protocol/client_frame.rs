@@ -34,6 +34,8 @@ pub enum ClientFrame<'a> {
     Error {
         /// Why; unknown numbers are allowed.
         code: u16,
+        /// The stream that broke a rule, or 0.
+        about_stream: u32,
         /// For a person.
         message: &'a str,
     },
@@ -58,7 +60,7 @@ impl<'a> ClientFrame<'a> {
             FrameType::Hello => limits::HELLO_BYTES_MAX,
             FrameType::Ping | FrameType::Pong => 8,
             FrameType::Stats | FrameType::Cancel => 0,
-            FrameType::Error => 4 + limits::MESSAGE_BYTES_MAX as u32,
+            FrameType::Error => 10 + limits::MESSAGE_BYTES_MAX as u32,
             FrameType::Credit => 4,
             FrameType::Request | FrameType::Body => frame_bytes_max,
             _ => return None,
@@ -75,11 +77,7 @@ impl<'a> ClientFrame<'a> {
             FrameType::Ping => reader.u64().map(ClientFrame::Ping),
             FrameType::Pong => reader.u64().map(ClientFrame::Pong),
             FrameType::Stats => Some(ClientFrame::Stats),
-            FrameType::Error => {
-                let code = reader.u16();
-                code.zip(reader.text_u16())
-                    .map(|(code, message)| ClientFrame::Error { code, message })
-            }
+            FrameType::Error => decode_error(&mut reader),
             FrameType::Credit => reader
                 .u32()
                 .filter(|&tokens| tokens > 0)
@@ -113,16 +111,27 @@ impl<'a> ClientFrame<'a> {
                 out.extend_from_slice(&number.to_le_bytes());
             }),
             ClientFrame::Stats => put_frame(out, FrameType::Stats, 0, |_| {}),
-            ClientFrame::Error { code, message } => put_frame(out, FrameType::Error, 0, |out| {
-                put_u16(out, code);
-                put_text_u16(out, message, limits::MESSAGE_BYTES_MAX);
-            }),
+            ClientFrame::Error { code, about_stream, message } => {
+                put_frame(out, FrameType::Error, 0, |out| {
+                    put_u16(out, code);
+                    put_u16(out, 0);
+                    put_u32(out, about_stream);
+                    put_text_u16(out, message, limits::MESSAGE_BYTES_MAX);
+                });
+            }
             ClientFrame::Credit { stream, tokens } => {
                 put_frame(out, FrameType::Credit, stream, |out| put_u32(out, tokens));
             }
             ClientFrame::Cancel { stream } => put_frame(out, FrameType::Cancel, stream, |_| {}),
         }
     }
+}
+
+fn decode_error<'a>(reader: &mut Reader<'a>) -> Option<ClientFrame<'a>> {
+    let code = reader.u16()?;
+    reader.u16()?;
+    let about_stream = reader.u32()?;
+    Some(ClientFrame::Error { code, about_stream, message: reader.text_u16()? })
 }
 
 fn decode_hello(payload: &[u8]) -> Result<Hello<'_>, ProtocolError> {
@@ -187,7 +196,7 @@ mod tests {
             ClientFrame::Ping(u64::MAX),
             ClientFrame::Pong(7),
             ClientFrame::Stats,
-            ClientFrame::Error { code: 99, message: "enough" },
+            ClientFrame::Error { code: 99, about_stream: 7, message: "enough" },
             ClientFrame::Credit { stream: 5, tokens: 64 },
             ClientFrame::Cancel { stream: u32::MAX },
         ] {

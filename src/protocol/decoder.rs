@@ -32,6 +32,15 @@ pub enum Piece<'a> {
         stream: u32,
         /// What is asked, or what is wrong with it (with it alone: the connection goes on).
         prelude: Result<Prelude, BodyError>,
+        /// How many bytes of the body follow in this frame.
+        body_bytes: u32,
+    },
+    /// The head of a BODY frame; its bytes come as [`Piece::BodyPart`]s.
+    Body {
+        /// Whose.
+        stream: u32,
+        /// How many bytes will come.
+        body_bytes: u32,
     },
     /// A part of a request's body, never empty.
     BodyPart {
@@ -90,6 +99,12 @@ impl Decoder {
         (self.partial.is_empty() || self.partial_done) && self.body_rest == 0
     }
 
+    /// The stream whose body the next bytes of input belong to, when they belong to one. A server
+    /// that may not take them yet stops here, and leaves them in its input.
+    pub fn body_stream(&self) -> Option<u32> {
+        (self.body_rest > 0).then_some(self.body_stream)
+    }
+
     /// Takes from the front of `input` and returns the next piece; `None` when all of `input` is
     /// taken and more is needed. After an error the decoder returns that no more comes.
     pub fn next<'a, 'i: 'a>(
@@ -145,36 +160,18 @@ impl Decoder {
                 }
                 continue;
             }
-            let count = match head {
-                Head::Whole(header) => HEADER_BYTES + header.payload_bytes as usize,
-                Head::Request(_, count) => HEADER_BYTES + count,
-                Head::Body(_) | Head::Needs(_) => HEADER_BYTES,
-            };
-            match head {
+            let (count, body_rest, stream) = match head {
+                Head::Needs(_) => unreachable!("handled above"),
+                Head::Whole(header) => (header.payload_bytes as usize, 0, header.stream),
                 Head::Request(header, head_bytes) => {
-                    self.body_rest = header.payload_bytes - head_bytes as u32;
-                    self.body_stream = header.stream;
+                    (head_bytes, header.payload_bytes - head_bytes as u32, header.stream)
                 }
-                Head::Body(header) => {
-                    self.body_rest = header.payload_bytes;
-                    self.body_stream = header.stream;
-                }
-                Head::Whole(_) | Head::Needs(_) => {}
-            }
-            if let Head::Body(_) = head {
-                // Only a header: nothing to hand out before its bytes.
-                if straight {
-                    *input = &input[count..];
-                } else {
-                    self.partial.clear();
-                }
-                if self.body_rest == 0 {
-                    continue;
-                }
-                return Ok(self.take_body(input));
-            }
+                Head::Body(header) => (0, header.payload_bytes, header.stream),
+            };
+            self.body_rest = body_rest;
+            self.body_stream = stream;
             let bytes: &'a [u8] = if straight {
-                let (bytes, rest) = input.split_at(count);
+                let (bytes, rest) = input.split_at(HEADER_BYTES + count);
                 *input = rest;
                 bytes
             } else {
@@ -183,11 +180,13 @@ impl Decoder {
             };
             let payload = &bytes[HEADER_BYTES..];
             return Ok(Some(match head {
-                Head::Request(header, _) => {
-                    Piece::Request { stream: header.stream, prelude: Prelude::decode(payload) }
-                }
+                Head::Needs(_) => unreachable!("handled above"),
                 Head::Whole(header) => Piece::Frame { header, payload },
-                Head::Body(_) | Head::Needs(_) => unreachable!("handled above"),
+                Head::Request(..) => {
+                    let prelude = Prelude::decode(payload);
+                    Piece::Request { stream, prelude, body_bytes: body_rest }
+                }
+                Head::Body(_) => Piece::Body { stream, body_bytes: body_rest },
             }));
         }
     }

@@ -8,7 +8,8 @@ use crate::protocol::{ClientFrame, Request, RequestPrompt, encode_body_frame, en
 #[derive(Clone, Debug, PartialEq)]
 enum Owned {
     Frame(Header, Vec<u8>),
-    Request(u32, Result<Prelude, BodyError>),
+    Request(u32, Result<Prelude, BodyError>, u32),
+    BodyHead(u32, u32),
     Body(u32, Vec<u8>),
 }
 
@@ -25,8 +26,11 @@ fn decode_in_parts<'a>(
                 Ok(Some(Piece::Frame { header, payload })) => {
                     pieces.push(Owned::Frame(header, payload.to_vec()));
                 }
-                Ok(Some(Piece::Request { stream, prelude })) => {
-                    pieces.push(Owned::Request(stream, prelude));
+                Ok(Some(Piece::Request { stream, prelude, body_bytes })) => {
+                    pieces.push(Owned::Request(stream, prelude, body_bytes));
+                }
+                Ok(Some(Piece::Body { stream, body_bytes })) => {
+                    pieces.push(Owned::BodyHead(stream, body_bytes));
                 }
                 Ok(Some(Piece::BodyPart { stream, bytes })) => {
                     assert!(!bytes.is_empty());
@@ -65,7 +69,7 @@ fn a_split_at_any_byte_gives_the_same_pieces() {
     let (whole, error) = decode_in_parts(Side::FromClient, [&bytes[..]]);
     assert_eq!(error, None);
     assert!(matches!(whole[0], Owned::Frame(..)));
-    assert!(matches!(whole[1], Owned::Request(1, Ok(_))));
+    assert!(matches!(whole[1], Owned::Request(1, Ok(_), 50)));
     assert!(matches!(whole[2], Owned::Body(1, _)));
     for at in 0..=bytes.len() {
         let (head, tail) = bytes.split_at(at);

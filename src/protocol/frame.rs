@@ -246,19 +246,15 @@ pub enum ErrorCode {
     HandshakeTimeout = 11,
     /// No stream and no frame for too long.
     IdleTimeout = 12,
-    /// A request's body did not come in time.
-    BodyTimeout = 13,
     /// The server holds as many connections as it may.
-    TooManyConnections = 14,
-    /// The peer sent more than it was told it may, or does not read.
-    Overrun = 15,
+    TooManyConnections = 13,
     /// The server's fault.
-    Internal = 16,
+    Internal = 14,
 }
 
 impl ErrorCode {
     /// All codes, by number.
-    pub const ALL: [ErrorCode; 16] = [
+    pub const ALL: [ErrorCode; 14] = [
         ErrorCode::NotForebay,
         ErrorCode::Version,
         ErrorCode::Unauthenticated,
@@ -271,9 +267,7 @@ impl ErrorCode {
         ErrorCode::WindowExceeded,
         ErrorCode::HandshakeTimeout,
         ErrorCode::IdleTimeout,
-        ErrorCode::BodyTimeout,
         ErrorCode::TooManyConnections,
-        ErrorCode::Overrun,
         ErrorCode::Internal,
     ];
 
@@ -297,9 +291,7 @@ impl ErrorCode {
             ErrorCode::WindowExceeded => "WINDOW_EXCEEDED",
             ErrorCode::HandshakeTimeout => "HANDSHAKE_TIMEOUT",
             ErrorCode::IdleTimeout => "IDLE_TIMEOUT",
-            ErrorCode::BodyTimeout => "BODY_TIMEOUT",
             ErrorCode::TooManyConnections => "TOO_MANY_CONNECTIONS",
-            ErrorCode::Overrun => "OVERRUN",
             ErrorCode::Internal => "INTERNAL",
         }
     }

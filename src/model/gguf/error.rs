@@ -28,7 +28,7 @@ pub enum GgufError {
     },
     /// The file ends inside something.
     #[error(
-        "the file is truncated: {what} at byte {offset} needs {needed} bytes, and {available} are left"
+        "the file is truncated: {what} at byte {offset} needs {needed} bytes, {available} are left"
     )]
     Truncated {
         /// What was being read.

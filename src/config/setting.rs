@@ -1,0 +1,275 @@
+//! The table of all settings: the only place that knows a setting's name.
+
+use super::value::{Allowed, Unit, Value};
+use super::{Config, Io, Isa};
+
+/// A setting.
+pub(super) struct Setting {
+    /// `section.name`.
+    pub key: &'static str,
+    /// One line.
+    pub about: &'static str,
+    /// What it may be.
+    pub allowed: Allowed,
+    /// Puts an allowed value in its place.
+    pub set: fn(&mut Config, Value),
+    /// The value in force.
+    pub get: fn(&Config) -> Value,
+}
+
+impl Setting {
+    /// Its name in the environment.
+    pub(super) fn variable(&self) -> String {
+        format!("FOREBAY_{}", self.key.replace('.', "_").to_ascii_uppercase())
+    }
+}
+
+/// A numeric setting: key, place in [`Config`], range, unit, one line.
+macro_rules! number {
+    ($key:literal, $($place:ident).+, $min:expr, $max:expr, $unit:ident, $about:literal) => {
+        Setting {
+            key: $key,
+            about: $about,
+            allowed: Allowed::Number { unit: Unit::$unit, min: $min, max: $max },
+            set: |config, value| {
+                // Out of reach otherwise: the range check has a number that fits the type.
+                if let Value::Number(number) = value {
+                    config.$($place).+ = number.try_into().expect("the range fits the type");
+                }
+            },
+            get: |config| Value::Number(config.$($place).+.into()),
+        }
+    };
+}
+
+/// A setting that is one of a few words: key, place, the words with their values, one line.
+macro_rules! choice {
+    ($key:literal, $($place:ident).+, [$($word:literal => $value:expr),+], $about:literal) => {
+        Setting {
+            key: $key,
+            about: $about,
+            allowed: Allowed::Choice(&[$($word),+]),
+            set: |config, value| {
+                if let Value::Choice(index) = value {
+                    config.$($place).+ = [$($value),+][index];
+                }
+            },
+            get: |config| {
+                let index = [$($value),+].iter().position(|v| *v == config.$($place).+);
+                Value::Choice(index.expect("every value has a word"))
+            },
+        }
+    };
+}
+
+const DAY_MS: u64 = 24 * 3600 * 1000;
+
+/// Every setting, in the order in which `forebay check` prints them: sections stay together.
+pub(super) const SETTINGS: &[Setting] = &[
+    Setting {
+        key: "server.listen",
+        about: "address of the native protocol; port 0 takes any free port",
+        allowed: Allowed::LoopbackAddress,
+        set: |config, value| {
+            if let Value::Address(address) = value {
+                config.server.listen = address;
+            }
+        },
+        get: |config| Value::Address(config.server.listen),
+    },
+    Setting {
+        key: "model.name",
+        about: "a known name, a path to a GGUF file, or hf:OWNER/REPO/FILE.gguf",
+        allowed: Allowed::Model,
+        set: |config, value| {
+            if let Value::Model(model) = value {
+                config.model = model;
+            }
+        },
+        get: |config| Value::Model(config.model.clone()),
+    },
+    Setting {
+        key: "kv.pool_bytes",
+        about: "memory of the KV pool; auto: a quarter of the free memory, at most 2GiB",
+        allowed: Allowed::NumberOrAuto { unit: Unit::Bytes, min: 1 << 20, max: 1 << 42 },
+        set: |config, value| {
+            config.kv.pool_bytes = if let Value::Number(bytes) = value { Some(bytes) } else { None }
+        },
+        get: |config| config.kv.pool_bytes.map_or(Value::Auto, Value::Number),
+    },
+    Setting {
+        key: "compute.threads",
+        about: "compute workers; auto: one a CPU",
+        allowed: Allowed::NumberOrAuto { unit: Unit::Count, min: 1, max: 256 },
+        set: |config, value| {
+            config.compute.threads =
+                if let Value::Number(threads) = value { Some(threads as usize) } else { None }
+        },
+        get: |config| config.compute.threads.map_or(Value::Auto, |n| Value::Number(n as u64)),
+    },
+    choice!("compute.isa", compute.isa,
+        ["auto" => Isa::Auto, "avx512" => Isa::Avx512, "avx2" => Isa::Avx2,
+         "portable" => Isa::Portable],
+        "instruction-set path of the CPU backend"),
+    choice!("runtime.io", runtime.io,
+        ["auto" => Io::Auto, "io_uring" => Io::IoUring, "epoll" => Io::Epoll],
+        "how sockets are driven"),
+    number!(
+        "drain.delay_ms",
+        drain.delay_ms,
+        0,
+        DAY_MS,
+        Millis,
+        "after a signal, requests are still accepted this long"
+    ),
+    number!(
+        "drain.timeout_ms",
+        drain.timeout_ms,
+        0,
+        DAY_MS,
+        Millis,
+        "then, sequences may finish for this long before they are cancelled"
+    ),
+    number!(
+        "stream.window_tokens_max",
+        limits.stream_window_tokens_max,
+        1,
+        1 << 16,
+        Count,
+        "largest credit window of a stream"
+    ),
+    number!(
+        "stream.stall_timeout_ms",
+        limits.stall_timeout_ms,
+        1,
+        DAY_MS,
+        Millis,
+        "a client that gives no credit for this long is cancelled"
+    ),
+    number!(
+        "limits.connections_max",
+        limits.connections_max,
+        1,
+        1 << 16,
+        Count,
+        "connections held open"
+    ),
+    number!(
+        "limits.streams_per_connection_max",
+        limits.streams_per_connection_max,
+        1,
+        1 << 16,
+        Count,
+        "streams open at once on one connection"
+    ),
+    number!(
+        "limits.frame_bytes_max",
+        limits.frame_bytes_max,
+        1 << 10,
+        64 << 20,
+        Bytes,
+        "largest frame a client may send"
+    ),
+    number!(
+        "limits.ingest_bytes_max",
+        limits.ingest_bytes_max,
+        1 << 10,
+        1 << 40,
+        Bytes,
+        "request bodies held between grant and submission"
+    ),
+    number!(
+        "limits.asks_max",
+        limits.asks_max,
+        1,
+        1 << 16,
+        Count,
+        "requests that may wait for admission's answer"
+    ),
+    number!(
+        "limits.handshake_timeout_ms",
+        limits.handshake_timeout_ms,
+        1,
+        DAY_MS,
+        Millis,
+        "a connection without a handshake by then is closed"
+    ),
+    number!(
+        "limits.idle_timeout_ms",
+        limits.idle_timeout_ms,
+        1,
+        7 * DAY_MS,
+        Millis,
+        "a connection without streams and frames for this long is closed"
+    ),
+    number!(
+        "limits.queued_requests_max",
+        limits.queued_requests_max,
+        1,
+        1 << 16,
+        Count,
+        "requests that wait in the queue"
+    ),
+    number!(
+        "limits.queued_tokens_max",
+        limits.queued_tokens_max,
+        1,
+        1 << 40,
+        Count,
+        "prompt tokens that wait in the queue"
+    ),
+    number!(
+        "limits.queued_bytes_max",
+        limits.queued_bytes_max,
+        1 << 10,
+        1 << 40,
+        Bytes,
+        "request bodies that wait in the queue"
+    ),
+    number!(
+        "limits.queue_ttl_ms",
+        limits.queue_ttl_ms,
+        1,
+        DAY_MS,
+        Millis,
+        "a request that has waited this long is evicted"
+    ),
+    number!("limits.running_max", limits.running_max, 1, 1 << 12, Count, "sequences in the batch"),
+    number!(
+        "limits.parked_max",
+        limits.parked_max,
+        0,
+        1 << 16,
+        Count,
+        "admitted sequences out of the batch"
+    ),
+    number!(
+        "limits.step_tokens_max",
+        limits.step_tokens_max,
+        1,
+        1 << 16,
+        Count,
+        "tokens of one step, decode and prefill together"
+    ),
+    number!(
+        "limits.chunk_tokens_max",
+        limits.chunk_tokens_max,
+        1,
+        1 << 16,
+        Count,
+        "tokens of one sequence's prefill in one step"
+    ),
+    number!(
+        "limits.context_max",
+        limits.context_max,
+        1,
+        1 << 24,
+        Count,
+        "longest sequence; the model's own context when that is shorter"
+    ),
+];
+
+/// The setting with this key, and its index.
+pub(super) fn find(key: &str) -> Option<(usize, &'static Setting)> {
+    SETTINGS.iter().enumerate().find(|(_, setting)| setting.key == key)
+}

@@ -1,0 +1,153 @@
+//! A finished step: sampled tokens become output, and some of them ends.
+
+use crate::base::Instant;
+use crate::message::{Logprob, Sampled, Step, StepFailure};
+use crate::request::{FinishReason, RejectReason, TokenId};
+
+use super::EngineCore;
+use super::plan;
+use super::sequence::State;
+
+impl EngineCore {
+    /// Takes in every step that has come back.
+    pub(super) fn handle_results(&mut self, now: Instant) -> bool {
+        let mut busy = false;
+        // Asked before the ring is emptied: what a device core pushed before it went still counts.
+        let gone = self.device.port.results.is_abandoned();
+        while let Some(step) = self.device.port.results.pop() {
+            busy = true;
+            self.handle_step(&step, now);
+            self.device.idle.push(step);
+        }
+        if gone && !self.device.lost {
+            busy = true;
+            self.lose_device(now);
+        }
+        busy
+    }
+
+    fn handle_step(&mut self, step: &Step, now: Instant) {
+        self.blocks.complete(step.plan.number);
+        self.counters.steps_completed += 1;
+        self.counters.device_ns += step.result.elapsed_ns;
+        if step.result.failure.is_none() {
+            self.pace.observe(plan::load(&step.plan), step.result.elapsed_ns);
+        }
+        match step.result.failure {
+            None if self.matches_its_plan(step) => self.handle_samples(step, now),
+            // A device that answers something else than it was asked is no better than one that
+            // refuses: the rows' sequences cannot go on, the others can.
+            None | Some(StepFailure::InvalidPlan) => self.fail_step(step, now),
+            Some(StepFailure::DeviceLost) => {
+                self.counters.step_failures += 1;
+                self.lose_device(now);
+            }
+        }
+    }
+
+    /// Whether the result has one token for each row that samples, in the rows' order.
+    fn matches_its_plan(&self, step: &Step) -> bool {
+        let mut sampled = step.result.sampled.iter();
+        let mut top_left = step.result.top.len();
+        for row in step.plan.rows.iter().filter(|row| row.sample) {
+            let Some(sample) = sampled.next() else { return false };
+            let Some(left) = top_left.checked_sub(usize::from(sample.top_count)) else {
+                return false;
+            };
+            top_left = left;
+            if sample.seq != row.seq || sample.token >= self.vocab {
+                return false;
+            }
+        }
+        sampled.next().is_none() && top_left == 0
+    }
+
+    fn handle_samples(&mut self, step: &Step, now: Instant) {
+        let mut top = step.result.top.as_slice();
+        for sample in &step.result.sampled {
+            let (its_top, rest) = top.split_at(usize::from(sample.top_count));
+            top = rest;
+            // Rows of a sequence that has ended meanwhile are discarded.
+            if let Some(index) = self.sequences.live(sample.seq) {
+                self.sequences[index].samples_in_flight -= 1;
+                self.handle_sample(index, sample, its_top, now);
+            }
+        }
+    }
+
+    fn handle_sample(
+        &mut self,
+        index: u32,
+        sample: &Sampled,
+        top: &[(TokenId, f32)],
+        now: Instant,
+    ) {
+        let token = sample.token;
+        let sequence = &mut self.sequences[index];
+        sequence.times.first_token.get_or_insert(now);
+        if self.table.is_end(token) && !sequence.ignore_eos {
+            self.finish(index, FinishReason::EndOfText, now);
+            return;
+        }
+        assert!(sequence.tokens.len() < sequence.tokens.capacity(), "checked when submitted");
+        sequence.tokens.push(token);
+        self.counters.tokens_out += 1;
+        if sequence.wants_logprobs() {
+            let kept = top.len().min(sequence.egress.top.capacity() - sequence.egress.top.len());
+            sequence.egress.top.extend_from_slice(&top[..kept]);
+            let entry = Logprob { logprob: sample.logprob, top_count: kept as u8 };
+            sequence.egress.logprobs.push(entry);
+        }
+        let bytes = self.table.bytes(token);
+        let text_before = sequence.egress.text_total;
+        sequence.egress.text_total += bytes.len() as u64;
+        let hit = sequence.matcher.feed(&sequence.stop, bytes, &mut self.borders);
+        if let Some(hit) = hit {
+            sequence.egress.text_total = text_before + hit.consumed as u64 - hit.length as u64;
+            self.finish(index, FinishReason::StopString, now);
+            return;
+        }
+        let held = sequence.matcher.held_bytes() as u64;
+        sequence.egress.text_ready = sequence.egress.text_total - held;
+        if sequence.output_tokens() >= sequence.output_max {
+            let asked = sequence.asked_max_tokens;
+            let as_asked = asked != 0 && sequence.output_tokens() >= asked;
+            let full = sequence.tokens.len() >= self.context as usize;
+            let why = match full && !as_asked {
+                true => FinishReason::ContextFull,
+                false => FinishReason::MaxTokens,
+            };
+            self.finish(index, why, now);
+            return;
+        }
+        self.tell(index);
+    }
+
+    /// Nothing of the step was computed: its sequences' KV is not what the engine thinks.
+    fn fail_step(&mut self, step: &Step, now: Instant) {
+        self.counters.step_failures += 1;
+        for row in &step.plan.rows {
+            if let Some(index) = self.sequences.live(row.seq) {
+                self.finish(index, FinishReason::DeviceFailed, now);
+            }
+        }
+    }
+
+    /// The device is gone, and all KV with it. Whoever is admitted ends, whoever waits is told to
+    /// go elsewhere, and nobody comes in any more.
+    pub(super) fn lose_device(&mut self, now: Instant) {
+        self.device.lost = true;
+        (self.blocked_until, self.expiry) = (Instant::NEVER, Instant::NEVER);
+        for index in 0..self.sequences.capacity() as u32 {
+            match self.sequences[index].state {
+                State::Free | State::Ended => {}
+                State::Granted | State::Queued => {
+                    self.reject(index, RejectReason::NoCapacity, None, now);
+                }
+                State::Running { .. } | State::Waiting | State::Parked => {
+                    self.finish(index, FinishReason::DeviceFailed, now);
+                }
+            }
+        }
+    }
+}

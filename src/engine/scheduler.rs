@@ -1,0 +1,308 @@
+//! The scheduler: which sequences run in the next step, and on whose blocks.
+//!
+//! A step takes the decode rows first (one token each: somebody is waiting for every one of
+//! them), then prefill chunks with what is left of the step's budget, oldest first. So a long
+//! prompt never holds up a decode, and a decode slows a prefill by one token.
+//!
+//! **Precedence** among the admitted is by admission. Who may take blocks from whom is written in
+//! `reclaim.rs`. A running sequence that finds none leaves the batch with what it has, and waits.
+//!
+//! **Why it cannot get stuck.** Take the oldest admitted sequence that has credit. Whoever runs
+//! either gets on, and so ends sometime, or leaves its slot and can then lose its blocks to the
+//! oldest. Sequences that cannot be preempted any more hold all blocks that they will ever need.
+//! Nobody new is admitted while somebody waits for blocks. So the oldest gets slot and blocks, and
+//! ends; then the next is the oldest. Sequences without credit are parked, and after a while their
+//! blocks are there for anybody.
+
+use crate::base::Instant;
+use crate::limits::Limits;
+use crate::message::{BLOCK_POSITIONS, Step, StepPlan};
+
+use super::EngineCore;
+use super::plan;
+use super::reclaim::{Claim, PREEMPTIONS_MAX};
+use super::sequence::{SequenceTable, State};
+
+/// The admitted sequences by where they are. No list outgrows its reserved capacity.
+#[derive(Debug)]
+pub(super) struct Batch {
+    slots_free: Vec<u16>,
+    /// In a batch slot, oldest admission first.
+    pub running: Vec<u32>,
+    /// For want of a slot or of blocks, oldest admission first.
+    pub waiting: Vec<u32>,
+    /// For want of stream credit, longest parked first.
+    pub parked: Vec<u32>,
+    /// Admitted sequences whose terminal event is not on its way yet.
+    pub admitted: u32,
+    pub admitted_max: u32,
+    /// Admissions so far.
+    admissions: u64,
+}
+
+impl Batch {
+    pub fn new(limits: &Limits) -> Batch {
+        let admitted_max = limits.running_max + limits.parked_max;
+        Batch {
+            slots_free: (0..limits.running_max as u16).rev().collect(),
+            running: Vec::with_capacity(limits.running_max as usize),
+            waiting: Vec::with_capacity(admitted_max as usize),
+            parked: Vec::with_capacity(admitted_max as usize),
+            admitted: 0,
+            admitted_max,
+            admissions: 0,
+        }
+    }
+
+    /// Batch slots without a sequence.
+    pub fn slots_free(&self) -> &[u16] {
+        &self.slots_free
+    }
+
+    pub fn remove_waiting(&mut self, index: u32, sequences: &SequenceTable) {
+        remove_ordered(&mut self.waiting, index, sequences);
+    }
+
+    pub fn remove_parked(&mut self, index: u32) {
+        let at = self.parked.iter().position(|&other| other == index).expect("parked");
+        self.parked.remove(at);
+    }
+}
+
+fn insert_ordered(list: &mut Vec<u32>, index: u32, sequences: &SequenceTable) {
+    let admission = sequences[index].admission;
+    let at = list.partition_point(|&other| sequences[other].admission < admission);
+    debug_assert!(list.len() < list.capacity());
+    list.insert(at, index);
+}
+
+fn remove_ordered(list: &mut Vec<u32>, index: u32, sequences: &SequenceTable) {
+    let admission = sequences[index].admission;
+    let at = list.partition_point(|&other| sequences[other].admission < admission);
+    assert_eq!(list[at], index, "a list of admitted sequences is out of order");
+    list.remove(at);
+}
+
+impl EngineCore {
+    /// Sends steps to the device while it may have more in flight and there is work for them.
+    pub(super) fn plan_steps(&mut self, now: Instant) -> bool {
+        let mut busy = false;
+        while !self.device.lost
+            && let Some(mut step) = self.device.idle.pop()
+        {
+            step.plan.clear();
+            step.result.clear();
+            step.plan.number = self.device.submitted + 1;
+            self.compose(&mut step.plan, now);
+            if step.plan.rows.is_empty() {
+                self.device.idle.push(step);
+                return busy;
+            }
+            self.submit(step, now);
+            busy = true;
+        }
+        busy
+    }
+
+    fn compose(&mut self, plan: &mut StepPlan, now: Instant) {
+        self.blocked_until = Instant::NEVER;
+        self.park_starved(now);
+        self.plan_decodes(plan, now);
+        self.plan_prefills(plan);
+        let blocked = self.seat_waiting(plan, now);
+        if !blocked {
+            self.seat_queued(plan, now);
+        }
+    }
+
+    /// Takes sequences without credit out of the batch. One with a token on the way stays: that
+    /// token may be its last, or credit may come before it.
+    fn park_starved(&mut self, now: Instant) {
+        let mut at = 0;
+        while let Some(&index) = self.batch.running.get(at) {
+            let sequence = &self.sequences[index];
+            if sequence.credit > 0 || sequence.samples_in_flight > 0 {
+                at += 1;
+                continue;
+            }
+            self.unseat(index);
+            self.park(index, now);
+        }
+    }
+
+    pub(super) fn park(&mut self, index: u32, now: Instant) {
+        self.counters.parks += 1;
+        let sequence = &mut self.sequences[index];
+        sequence.state = State::Parked;
+        sequence.times.left_batch = now;
+        sequence.times.stalled_since = None;
+        self.batch.parked.push(index);
+        self.tell(index);
+    }
+
+    /// A parked sequence has credit again.
+    pub(super) fn resume(&mut self, index: u32, now: Instant) {
+        self.counters.resumes += 1;
+        self.batch.remove_parked(index);
+        let sequence = &mut self.sequences[index];
+        sequence.times.parked_ns += now.ns_since(sequence.times.left_batch);
+        self.wait(index, now);
+        self.tell(index);
+    }
+
+    /// Out of the batch, with credit: in line for a slot.
+    pub(super) fn wait(&mut self, index: u32, now: Instant) {
+        let sequence = &mut self.sequences[index];
+        sequence.state = State::Waiting;
+        sequence.times.left_batch = now;
+        insert_ordered(&mut self.batch.waiting, index, &self.sequences);
+    }
+
+    /// Rows for all who run and whose text is computed up to its last token. Goes from the oldest
+    /// to the youngest, so that whoever is preempted on the way has not been planned.
+    fn plan_decodes(&mut self, plan: &mut StepPlan, now: Instant) {
+        let mut at = 0;
+        while let Some(&index) = self.batch.running.get(at) {
+            let sequence = &self.sequences[index];
+            if sequence.tokens_unplanned() != 1 || !sequence.has_logprob_room() {
+                at += 1;
+            } else if self.hold_blocks(index, sequence.blocks_for_text(), Claim::Running, now) {
+                self.plan_row(plan, index);
+                at += 1;
+            } else {
+                self.unseat(index);
+                self.wait(index, now);
+            }
+        }
+    }
+
+    /// Chunks for all who run and have more than one token to compute. Their blocks are theirs
+    /// since they entered the batch.
+    fn plan_prefills(&mut self, plan: &mut StepPlan) {
+        for at in 0..self.batch.running.len() {
+            let index = self.batch.running[at];
+            let sequence = &self.sequences[index];
+            if self.budget(plan) == 0 {
+                return;
+            }
+            if sequence.tokens_unplanned() > 1 && sequence.has_logprob_room() {
+                self.plan_row(plan, index);
+            }
+        }
+    }
+
+    /// Gives free slots to admitted sequences that wait, oldest first. Returns whether one of them
+    /// lacks blocks: then nobody may come in who would take more.
+    fn seat_waiting(&mut self, plan: &mut StepPlan, now: Instant) -> bool {
+        let mut blocked = false;
+        let mut at = 0;
+        while let Some(&index) = self.batch.waiting.get(at)
+            && !self.batch.slots_free.is_empty()
+            && self.budget(plan) > 0
+        {
+            let sequence = &self.sequences[index];
+            // Preempted with a token on the way: what its text is, is known when that arrives.
+            let ready = sequence.samples_in_flight == 0 && sequence.has_logprob_room();
+            let target = match sequence.preemptions {
+                PREEMPTIONS_MAX.. => sequence.blocks_for_remainder(),
+                _ => sequence.blocks_for_text(),
+            };
+            let may_try = ready
+                && plan::has_history_room(plan, sequence, self.context)
+                && (target <= sequence.blocks.len() || !blocked);
+            if !may_try {
+                at += 1;
+            } else if self.hold_blocks(index, target, Claim::Waiting, now) {
+                let reserved = self.sequences[index].preemptions >= PREEMPTIONS_MAX;
+                self.counters.reservations += u64::from(reserved);
+                self.batch.remove_waiting(index, &self.sequences);
+                self.seat(index);
+                self.plan_row(plan, index);
+            } else {
+                blocked = true;
+                at += 1;
+            }
+        }
+        blocked
+    }
+
+    /// Admits from the queue's head while there are slots, blocks and budget.
+    fn seat_queued(&mut self, plan: &mut StepPlan, now: Instant) {
+        while self.batch.admitted < self.batch.admitted_max
+            && let Some(index) = self.queue.head()
+            && !self.batch.slots_free.is_empty()
+            && self.budget(plan) > 0
+            && plan::has_history_room(plan, &self.sequences[index], self.context)
+        {
+            let target = self.sequences[index].blocks_for_text();
+            if !self.hold_blocks(index, target, Claim::Newcomer, now) {
+                return;
+            }
+            self.queue.remove(&mut self.sequences, index);
+            self.leave_queue(index, now);
+            self.batch.admitted += 1;
+            self.batch.admissions += 1;
+            self.counters.admitted += 1;
+            let sequence = &mut self.sequences[index];
+            self.counters.prompt_tokens += u64::from(sequence.prompt_tokens);
+            sequence.admission = self.batch.admissions;
+            sequence.times.admitted = Some(now);
+            self.seat(index);
+            self.watch(index);
+            self.plan_row(plan, index);
+        }
+    }
+
+    fn seat(&mut self, index: u32) {
+        let slot = self.batch.slots_free.pop().expect("a slot is free");
+        let sequence = &mut self.sequences[index];
+        sequence.state = State::Running { slot };
+        sequence.setup_due = true;
+        insert_ordered(&mut self.batch.running, index, &self.sequences);
+    }
+
+    /// Takes a sequence out of its slot. What becomes of it is the caller's business.
+    pub(super) fn unseat(&mut self, index: u32) {
+        let State::Running { slot } = self.sequences[index].state else {
+            unreachable!("sequence {index} has no slot")
+        };
+        self.batch.slots_free.push(slot);
+        remove_ordered(&mut self.batch.running, index, &self.sequences);
+    }
+
+    fn budget(&self, plan: &StepPlan) -> usize {
+        self.limits.step_tokens_max as usize - plan.tokens.len()
+    }
+
+    /// Puts the sequence's next tokens into the step: all that are left, as far as chunk and
+    /// budget allow. With the last of them it samples, which costs one credit.
+    fn plan_row(&mut self, plan: &mut StepPlan, index: u32) {
+        let chunk = (self.limits.chunk_tokens_max as usize).min(self.budget(plan));
+        let key = self.sequences.key(index);
+        let sequence = &mut self.sequences[index];
+        let row = plan::write_row(plan, key, sequence, chunk);
+        sequence.kv_planned += row.token_count;
+        sequence.last_step = plan.number;
+        if row.sample {
+            sequence.samples_in_flight += 1;
+            sequence.credit = sequence.credit.checked_sub(1).expect("it has credit or is parked");
+        }
+    }
+
+    fn submit(&mut self, step: Box<Step>, now: Instant) {
+        let checked = plan::check(&step.plan, &self.limits, self.vocab, &self.blocks);
+        assert_eq!(checked, Ok(()), "the engine's own plan is invalid");
+        debug_assert!(step.plan.blocks.iter().all(|&b| self.blocks.references(b) > 0));
+        debug_assert!(step.plan.blocks.len() * BLOCK_POSITIONS >= step.plan.tokens.len());
+        self.device.submitted = step.plan.number;
+        self.counters.steps += 1;
+        self.counters.rows += step.plan.rows.len() as u64;
+        self.counters.tokens_in += step.plan.tokens.len() as u64;
+        match self.device.port.steps.push(step) {
+            Ok(()) => self.device.port.bell.ring(),
+            // The ring has room for every step that circulates; so the device core is gone, and
+            // this step with it. Its blocks retire for good, like those of steps in flight.
+            Err(_) => self.lose_device(now),
+        }
+    }
+}
