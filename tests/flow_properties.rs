@@ -245,7 +245,8 @@ proptest! {
         for (n, pause_ns) in takes {
             now = now.plus_ns(pause_ns);
             taken += if bucket.take(n, now).is_ok() { n } else { 0 };
-            let allowed = u128::from(burst) * 1_000_000_000 + u128::from(rate) * u128::from(now.as_ns());
+            let earned = u128::from(rate) * u128::from(now.as_ns());
+            let allowed = u128::from(burst) * 1_000_000_000 + earned;
             prop_assert!(u128::from(taken) * 1_000_000_000 <= allowed);
         }
     }

@@ -2,7 +2,11 @@
 //! and every value that a weakly ordered load may return, up to the bound on preemptions.
 //!
 //! Run with
-//! `RUSTFLAGS="--cfg loom" cargo test --release --no-default-features --features core --test loom_ring`
+//!
+//! ```text
+//! RUSTFLAGS="--cfg loom" cargo test --release \
+//!     --no-default-features --features core --test loom_ring
+//! ```
 #![cfg(loom)]
 
 use std::task::{Context, Waker};
