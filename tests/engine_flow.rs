@@ -715,8 +715,8 @@ fn an_engine_that_contradicts_itself_is_not_built() {
     assert_eq!(config(tiny()).check(), Ok(()));
     assert_eq!(config(Limits::default()).check(), Ok(()));
     assert_eq!(
-        config(Limits { running_max: 96, ..tiny() }).check(),
-        Err(ConfigError::StepTooSmall { step_tokens_max: 96, running_max: 96 })
+        config(Limits { running_max: 97, ..tiny() }).check(),
+        Err(ConfigError::StepTooSmall { step_tokens_max: 96, running_max: 97 })
     );
     assert_eq!(
         config(Limits { queued_tokens_max: 511, ..tiny() }).check(),

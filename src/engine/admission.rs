@@ -40,6 +40,7 @@ impl EngineCore {
 
     fn handle_ask(&mut self, front: usize, ask: &Ask, now: Instant) {
         self.counters.asks += 1;
+        self.load.arrived(now);
         if let Err((reason, retry_after_ms)) = self.grant(front, ask, now) {
             self.counters.rejected[reason as usize] += 1;
             self.fronts[front].answer(ask.stream, reason, retry_after_ms);

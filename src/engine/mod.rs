@@ -44,7 +44,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::base::{Instant, TokenTable};
-use crate::flow::{StepCost, StepTimeModel};
+use crate::flow::{LoadEstimator, StepCost, StepTimeModel};
 use crate::limits::Limits;
 use crate::message::{BLOCK_POSITIONS, SeqKey, Step, StreamKey};
 use crate::request::{FinishReason, RejectReason};
@@ -83,8 +83,8 @@ pub enum ConfigError {
     /// The value must not be zero.
     #[error("{0} must be at least 1")]
     Zero(&'static str),
-    /// Every decode row and at least one prefill token must fit in a step, or prefill starves.
-    #[error("step_tokens_max ({step_tokens_max}) must be above running_max ({running_max})")]
+    /// A token of everybody who runs must fit in a step.
+    #[error("step_tokens_max ({step_tokens_max}) must be at least running_max ({running_max})")]
     StepTooSmall {
         /// `limits.step_tokens_max`.
         step_tokens_max: u32,
@@ -125,7 +125,8 @@ impl EngineConfig {
             return Err(ConfigError::TooManySlots(limits.running_max));
         }
         let (step_tokens_max, running_max) = (limits.step_tokens_max, limits.running_max);
-        if step_tokens_max <= running_max {
+        // Equality is enough: whoever is in prefill takes a slot, and so leaves a token over.
+        if step_tokens_max < running_max {
             return Err(ConfigError::StepTooSmall { step_tokens_max, running_max });
         }
         let (queued_tokens_max, context_max) = (limits.queued_tokens_max, self.context());
@@ -142,6 +143,10 @@ impl EngineConfig {
         self.limits.context_max.min(u32::try_from(pool).unwrap_or(u32::MAX))
     }
 }
+
+/// Bytes of one sequence in the engine's table, with its buffers and its places in lists; its
+/// block table, its tokens and what the front core allocated for it not counted.
+pub const SEQUENCE_BYTES: usize = sequence::BYTES + 4 * size_of::<u32>();
 
 /// The engine. See the [module's documentation](self).
 #[derive(Debug)]
@@ -173,6 +178,10 @@ pub struct EngineCore {
     blocked_until: Instant,
     /// How long steps take, and so what it costs to compute a text again.
     pace: StepTimeModel,
+    /// What comes in and what is served.
+    load: LoadEstimator,
+    /// The time of the last tick.
+    ticked: Instant,
     drain: Drain,
 }
 
@@ -183,6 +192,10 @@ const PACE_PRIOR: StepCost = StepCost {
     decode_row_ps: 500_000_000,
     kv_position_ps: 1_000,
 };
+
+/// λ and μ are those of about the last half minute: long enough that answers of a few seconds
+/// make an average, short enough that an operator sees a flood come.
+const LOAD_HORIZON_NS: u64 = 30_000_000_000;
 
 /// The way to the device and back.
 #[derive(Debug)]
@@ -239,6 +252,8 @@ impl EngineCore {
             expiry: Instant::NEVER,
             blocked_until: Instant::NEVER,
             pace: StepTimeModel::new(PACE_PRIOR),
+            load: LoadEstimator::new(LOAD_HORIZON_NS),
+            ticked: Instant::ZERO,
             drain: Drain::Off,
             limits,
             vocab,
@@ -254,6 +269,7 @@ impl EngineCore {
     /// (they take), then time-outs, so that nothing that has expired is planned; the plan leaves
     /// before the events are written, so that the device does not wait for them.
     pub fn tick(&mut self, now: Instant) -> bool {
+        self.ticked = now;
         let mut busy = self.handle_control(now);
         busy |= self.handle_results(now);
         busy |= self.handle_requests(now);
@@ -287,6 +303,7 @@ impl EngineCore {
         let (requests, queued_tokens, queued_bytes) = self.ledger.held();
         EngineStats {
             counters: self.counters,
+            load: self.load.load(self.ticked),
             granted: requests - self.queue.len() as u32,
             queued: self.queue.lens(),
             running: self.batch.running.len() as u32,

@@ -7,6 +7,7 @@ use crate::request::{FinishReason, RejectReason, TokenId};
 use super::EngineCore;
 use super::plan;
 use super::sequence::State;
+use super::stats::Counters;
 
 impl EngineCore {
     /// Takes in every step that has come back.
@@ -27,6 +28,8 @@ impl EngineCore {
     }
 
     fn handle_step(&mut self, step: &Step, now: Instant) {
+        let ended = |counters: &Counters| counters.finished.iter().sum::<u64>();
+        let ended_before = ended(&self.counters);
         self.blocks.complete(step.plan.number);
         self.counters.steps_completed += 1;
         self.counters.device_ns += step.result.elapsed_ns;
@@ -43,6 +46,7 @@ impl EngineCore {
                 self.lose_device(now);
             }
         }
+        self.load.served(ended(&self.counters) - ended_before, step.result.elapsed_ns);
     }
 
     /// Whether the result has one token for each row that samples, in the rows' order.

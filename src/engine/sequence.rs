@@ -174,6 +174,11 @@ pub(super) struct Sequence {
     pub next: u32,
 }
 
+/// Bytes of a sequence's place in the table, with the buffers that always come with it.
+pub(super) const BYTES: usize = size_of::<Sequence>()
+    + LOGPROBS_UNSENT_MAX * size_of::<Logprob>()
+    + TOP_UNSENT_MAX * size_of::<(TokenId, f32)>();
+
 impl Sequence {
     /// An unused slot, with no memory behind its tables yet.
     fn blank() -> Sequence {

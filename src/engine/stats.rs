@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::flow::Load;
 use crate::request::{Class, FinishReason, RejectReason};
 
 /// Rejection reasons there are; the wire number is the index.
@@ -66,6 +67,9 @@ pub struct Counters {
 pub struct EngineStats {
     /// Counted since the start.
     pub counters: Counters,
+    /// λ, μ and their ratio, in requests: asks that came, whether granted or not, against requests
+    /// that ended while the device worked.
+    pub load: Load,
     /// Sequences with a grant and no submission yet.
     pub granted: u32,
     /// Sequences in the queue, by class, most urgent first.
@@ -91,7 +95,7 @@ pub struct EngineStats {
 }
 
 /// How many numbers [`EngineStats::named`] has.
-pub const NAMED: usize = 31;
+pub const NAMED: usize = 35;
 
 impl EngineStats {
     /// The numbers that STATS_REPLY shows, by name. Those of `counters` only grow.
@@ -130,15 +134,25 @@ impl EngineStats {
             ("engine_recomputed_tokens", counters.recomputed_tokens),
             ("engine_parks", counters.parks),
             ("engine_resumes", counters.resumes),
+            ("engine_reservations", counters.reservations),
+            ("engine_arrivals_per_1000_seconds", self.load.arrivals_per_1000_seconds),
+            ("engine_service_per_1000_seconds", self.load.service_per_1000_seconds),
+            ("engine_utilisation_permille", self.load.utilisation_permille),
         ]
     }
 }
 
 /// The engine's numbers where other cores can read them at any time. One writer; each number is
 /// true by itself, but two of them may be of different ticks.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct StatsBoard {
     values: [AtomicU64; NAMED],
+}
+
+impl Default for StatsBoard {
+    fn default() -> StatsBoard {
+        StatsBoard { values: std::array::from_fn(|_| AtomicU64::new(0)) }
+    }
 }
 
 impl StatsBoard {

@@ -246,11 +246,7 @@ impl Bench {
 
     /// Finishes a step: `token` says what each sampling row gives.
     pub fn finish(&mut self, mut step: Box<Step>, token: impl Fn(&PlanRow) -> TokenId) {
-        step.result.elapsed_ns = 1_000_000;
-        for row in step.plan.rows.iter().filter(|row| row.sample) {
-            let sampled = Sampled { seq: row.seq, token: token(row), logprob: -1.0, top_count: 0 };
-            step.result.sampled.push(sampled);
-        }
+        sample(&mut step, token);
         self.give_step(step);
     }
 
@@ -282,5 +278,14 @@ impl Bench {
             self.finish(step, |_| token);
         }
         most
+    }
+}
+
+/// Answers a step: `token` says what each sampling row gives. It took a millisecond.
+pub fn sample(step: &mut Step, token: impl Fn(&PlanRow) -> TokenId) {
+    step.result.elapsed_ns = 1_000_000;
+    for row in step.plan.rows.iter().filter(|row| row.sample) {
+        let sampled = Sampled { seq: row.seq, token: token(row), logprob: -1.0, top_count: 0 };
+        step.result.sampled.push(sampled);
     }
 }

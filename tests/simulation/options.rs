@@ -147,7 +147,7 @@ fn draw_limits(prng: &mut Prng) -> Limits {
         queued_requests_max: prng.between(1, 8) as u32,
         running_max,
         parked_max: prng.between(0, 6) as u32,
-        step_tokens_max: running_max + [1, 7, 64, 200][prng.index(4)],
+        step_tokens_max: running_max + [0, 7, 64, 200][prng.index(4)],
         chunk_tokens_max: [1, 5, 64, 200][prng.index(4)],
         queue_ttl_ms: [20, 500, 5_000][prng.index(3)],
         stall_timeout_ms: [10, 300, 2_000][prng.index(3)],
