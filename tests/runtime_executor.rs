@@ -27,14 +27,7 @@ where
     Fut: Future + 'static,
     Fut::Output: Send + 'static,
 {
-    match start_executor("test", None, flavour, make) {
-        Ok(handle) => Some(handle),
-        Err(e) if flavour == Flavour::IoUring => {
-            eprintln!("skipped: io_uring is denied here ({e})");
-            None
-        }
-        Err(e) => panic!("{e}"),
-    }
+    support::has(flavour).then(|| start_executor("test", None, flavour, make).unwrap())
 }
 
 /// A flag that threads set and a task awaits.
