@@ -103,6 +103,7 @@ impl Driver {
         let client = TcpStream::connect(self.address).unwrap();
         client.set_read_timeout(Some(PATIENCE)).unwrap();
         client.set_write_timeout(Some(PATIENCE)).unwrap();
+        client.set_nodelay(true).unwrap();
         let own = client.local_addr().unwrap();
         self.until("the client is accepted", |d| d.accepted(own).is_some());
         let conn = self.accepted(own).unwrap();
