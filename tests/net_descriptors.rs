@@ -8,6 +8,7 @@ use std::net::TcpStream;
 
 use forebay::front::net::{Close, ListenSettings, NetSettings};
 use forebay::runtime::{Flavour, start_executor};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use support::{Driver, Seen, pattern, reset};
 
 fn open_descriptors() -> usize {
@@ -59,6 +60,31 @@ fn come_and_go(flavour: Flavour) {
     assert!(driver.seen.iter().any(|seen| matches!(seen, Seen::Closed { .. })));
 }
 
+/// Connections that come when descriptors have run out wait, cost nothing, and are taken in when
+/// there are descriptors again.
+fn run_dry(flavour: Flavour) {
+    let settings = NetSettings::default();
+    let Some(mut driver) = Driver::start(flavour, settings, ListenSettings::default()) else {
+        return;
+    };
+    driver.net.pause_accepting();
+    driver.settle();
+    let waiting: Vec<TcpStream> =
+        (0..3).map(|_| TcpStream::connect(driver.address).unwrap()).collect();
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(3), ..limit.clone() }).unwrap();
+    driver.net.resume_accepting();
+    driver.until("accepting fails", |d| d.net.counters().accept_failures == 1);
+    let rounds = (0..100).filter(|_| driver.round() > 0).count();
+    let failures = driver.net.counters().accept_failures;
+    // The retry timer may have fired meanwhile, but nothing spins.
+    assert!(rounds < 10 && failures < 5, "{rounds} rounds, {failures} failures");
+    setrlimit(Resource::Nofile, limit).unwrap();
+    driver.until("all are taken in", |d| d.net.connections() == 3);
+    drop(waiting);
+    driver.until("all have gone", |d| d.net.connections() == 0);
+}
+
 #[test]
 fn nets_and_executors_leave_no_descriptor_open() {
     for flavour in [Flavour::IoUring, Flavour::Epoll] {
@@ -66,6 +92,7 @@ fn nets_and_executors_leave_no_descriptor_open() {
         come_and_go(flavour);
         let before = open_descriptors();
         come_and_go(flavour);
+        run_dry(flavour);
         assert_eq!(open_descriptors(), before, "{flavour:?}");
         for _ in 0..4 {
             let executor = start_executor("test", None, flavour, |local| async move {

@@ -121,7 +121,7 @@ fn a_reset_in_the_middle_of_a_send_gives_the_buffer_back(flavour: Flavour) {
 fn a_peer_that_does_not_read_holds_one_send_and_nothing_else(flavour: Flavour) {
     let Some(mut driver) = small(flavour) else { return };
     let (mut stalled, conn) = driver.client();
-    let message = pattern(4 << 20, 3);
+    let message = pattern(1 << 20, 3);
     let memory = driver.net.memory_bytes();
     driver.net.send(conn, message.clone()).unwrap();
     driver.settle();
@@ -141,7 +141,7 @@ fn a_peer_that_does_not_read_holds_one_send_and_nothing_else(flavour: Flavour) {
     assert_eq!(driver.net.memory_bytes(), memory);
     // When it reads again it gets every byte.
     let reader = thread::spawn(move || {
-        let mut all = vec![0; 4 << 20];
+        let mut all = vec![0; 1 << 20];
         stalled.read_exact(&mut all).unwrap();
         all
     });

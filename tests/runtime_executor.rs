@@ -27,14 +27,7 @@ where
     Fut: Future + 'static,
     Fut::Output: Send + 'static,
 {
-    match start_executor("test", None, flavour, make) {
-        Ok(handle) => Some(handle),
-        Err(e) if flavour == Flavour::IoUring => {
-            eprintln!("skipped: io_uring is denied here ({e})");
-            None
-        }
-        Err(e) => panic!("{e}"),
-    }
+    support::has(flavour).then(|| start_executor("test", None, flavour, make).unwrap())
 }
 
 /// A flag that threads set and a task awaits.
@@ -251,6 +244,19 @@ fn a_panic_in_a_task_ends_its_executor(flavour: Flavour) {
     assert_eq!(executor.join().unwrap_err().to_string(), "the executor panicked");
 }
 
+fn an_executor_stays_on_its_cpu_under_its_name(flavour: Flavour) {
+    if !support::has(flavour) {
+        return;
+    }
+    let cpu = forebay::runtime::probe().cpus.allowed[0];
+    let executor = start_executor("front-0", Some(cpu), flavour, |_| async {
+        let set = rustix::thread::sched_getaffinity(None).unwrap();
+        (set.count(), set.is_set(0), thread::current().name().unwrap().to_owned())
+    });
+    let (count, on_first, name) = executor.unwrap().join().unwrap();
+    assert_eq!((count, on_first, name.as_str()), (1, cpu == 0, "front-0"));
+}
+
 fn what_keeps_an_executor_from_starting_is_reported_at_once(flavour: Flavour) {
     let started = start_executor("nowhere", Some(1023), flavour, |_| async {});
     assert_eq!(started.err().unwrap().kind(), std::io::ErrorKind::InvalidInput);
@@ -345,6 +351,7 @@ for_both_flavours!(
     tasks_that_are_always_ready_starve_neither_timers_nor_descriptors,
     what_tasks_hold_is_dropped_before_the_executor_is_joined,
     a_panic_in_a_task_ends_its_executor,
+    an_executor_stays_on_its_cpu_under_its_name,
     what_keeps_an_executor_from_starting_is_reported_at_once,
     a_server_of_tasks_sleeps_between_requests_and_answers_them,
 );

@@ -29,11 +29,11 @@ use super::{Flavour, clock, sched};
 use crate::base::Instant;
 use crate::ring::Doorbell;
 
-/// Registered buffers of a glommio executor, its minimum. They count against `RLIMIT_MEMLOCK`,
-/// where an ordinary user has 8 MiB, three times over; glommio's default of 10 MiB does not fit.
+/// Registered buffers of a glommio executor, its minimum. They count against `RLIMIT_MEMLOCK`
+/// three times over; an ordinary user has 8 MiB, so that glommio's default of 10 MiB never fits.
 const IO_MEMORY_BYTES: usize = 64 << 10;
 /// Entries of each of glommio's three rings. It reads one eventfd, timers and files.
-const RING_DEPTH: usize = 128;
+const RING_DEPTH: usize = 64;
 /// glommio's own preemption is switched off, by a timer that does not fire: see [`Gate`].
 const PREEMPT_NEVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 

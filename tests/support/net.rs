@@ -3,10 +3,11 @@
 
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use forebay::front::net::{CloseReason, ConnId, ListenSettings, Net, NetEvent, NetSettings};
-use forebay::runtime::Flavour;
+use forebay::runtime::{Flavour, Probe};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 /// Nothing on loopback takes this long: a test that waits longer has found a hang.
@@ -28,16 +29,20 @@ pub struct Driver {
     pub seen: Vec<Seen>,
 }
 
+/// Whether this machine has the flavour; says so where it denies io_uring.
+pub fn has(flavour: Flavour) -> bool {
+    static PROBE: OnceLock<Probe> = OnceLock::new();
+    let probe = PROBE.get_or_init(forebay::runtime::probe);
+    let has = flavour == Flavour::Epoll || probe.flavour() == flavour;
+    if !has {
+        eprintln!("skipped: {}", probe.denials().next().unwrap());
+    }
+    has
+}
+
 /// A net of this flavour, or `None` (and a note) where the machine denies io_uring.
 pub fn try_net(flavour: Flavour, settings: NetSettings) -> Option<Net> {
-    match Net::new(flavour, settings) {
-        Ok(net) => Some(net),
-        Err(e) if flavour == Flavour::IoUring => {
-            eprintln!("skipped: io_uring is denied here ({e})");
-            None
-        }
-        Err(e) => panic!("a net without io_uring can always be made: {e}"),
-    }
+    has(flavour).then(|| Net::new(flavour, settings).unwrap())
 }
 
 impl Driver {
@@ -98,6 +103,7 @@ impl Driver {
         let client = TcpStream::connect(self.address).unwrap();
         client.set_read_timeout(Some(PATIENCE)).unwrap();
         client.set_write_timeout(Some(PATIENCE)).unwrap();
+        client.set_nodelay(true).unwrap();
         let own = client.local_addr().unwrap();
         self.until("the client is accepted", |d| d.accepted(own).is_some());
         let conn = self.accepted(own).unwrap();

@@ -119,6 +119,19 @@ impl Default for ListenSettings {
     }
 }
 
+impl ListenSettings {
+    /// The most that the kernel may hold for one connection, both directions together, in bytes:
+    /// for the memory envelope. What is left to the kernel counts with the system's limits
+    /// (`net.ipv4.tcp_wmem` and `tcp_rmem`: mostly 4 and 6 MiB).
+    pub fn kernel_bytes_per_connection(&self) -> u64 {
+        let side = |set: Option<u32>, name: &str| match set {
+            Some(bytes) => u64::from(bytes) * 2,
+            None => socket::system_buffer_bytes(name),
+        };
+        side(self.send_buffer_bytes, "tcp_wmem") + side(self.receive_buffer_bytes, "tcp_rmem")
+    }
+}
+
 /// Something that happened on the sockets.
 #[derive(Debug)]
 pub enum NetEvent<'a> {

@@ -64,6 +64,13 @@ pub(super) fn unacknowledged_bytes(socket: BorrowedFd<'_>) -> io::Result<u32> {
     if status == 0 { Ok(value.max(0) as u32) } else { Err(io::Error::last_os_error()) }
 }
 
+/// The largest buffer that the system gives a socket by itself: the last of three numbers.
+pub(super) fn system_buffer_bytes(name: &str) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
+    // 6 MiB is the kernel's default for the larger of the two.
+    text.split_whitespace().nth(2).and_then(|last| last.parse().ok()).unwrap_or(6 << 20)
+}
+
 /// The peer's address; an error when it is gone again already.
 pub(super) fn peer(socket: BorrowedFd<'_>) -> io::Result<SocketAddr> {
     let Some(address) = rustix::net::getpeername(socket)? else {
@@ -119,4 +126,22 @@ pub(super) fn clear(event: BorrowedFd<'_>) {
     let mut count = [0u8; 8];
     // EAGAIN means that it was clear.
     let _ = rustix::io::read(event, &mut count);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_share_of_a_connection_follows_its_settings() {
+        let set = ListenSettings {
+            send_buffer_bytes: Some(4096),
+            receive_buffer_bytes: Some(16_384),
+            ..ListenSettings::default()
+        };
+        assert_eq!(set.kernel_bytes_per_connection(), 2 * (4096 + 16_384));
+        let free = ListenSettings::default().kernel_bytes_per_connection();
+        assert_eq!(free, system_buffer_bytes("tcp_wmem") + system_buffer_bytes("tcp_rmem"));
+        assert_eq!(system_buffer_bytes("no such thing"), 6 << 20);
+    }
 }
