@@ -95,6 +95,7 @@ fn serve(mut socket: TcpStream, manner: Manner, seen: &Seen) {
                     let over = unanswered > manner.request_credit.max(1) as usize;
                     seen.broken_rules.fetch_add(over.into(), Ordering::Relaxed);
                 }
+                Piece::Body { .. } => {}
                 Piece::BodyPart { stream, bytes } => {
                     let Some(stream) = streams.get_mut(&stream) else { continue };
                     stream.body_rest -= bytes.len() as u64;
