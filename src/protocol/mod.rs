@@ -14,6 +14,7 @@ mod frame;
 mod options;
 mod request;
 mod server_frame;
+mod tokens;
 
 pub use client_frame::{ClientFrame, Hello};
 pub use decoder::{Decoder, Piece, Side};
@@ -28,6 +29,7 @@ pub use request::{
     encode_request_frame,
 };
 pub use server_frame::{
-    Accepted, Done, LogprobEntry, LogprobList, Rejected, ServerFrame, Stat, StatList, TokensFrame,
-    TokensWriter, Welcome, finish_from_wire, reject_from_wire,
+    Accepted, Done, Rejected, ServerFrame, Stat, StatList, Welcome, finish_from_wire,
+    reject_from_wire,
 };
+pub use tokens::{LogprobEntry, LogprobList, TokensFrame, TokensWriter};
