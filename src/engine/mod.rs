@@ -61,9 +61,6 @@ use sequence::{SequenceTable, State, Terminal, blocks_for};
 use stats::{Counters, EngineStats};
 use stop::Borders;
 
-/// Bytes of a sequence's fixed part, for the memory envelope.
-pub const SEQUENCE_BYTES: usize = size_of::<sequence::Sequence>();
-
 /// What an engine is built from.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
