@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use forebay::device::cpu::attention::{AttentionScratch, Queries, attend};
+use forebay::device::cpu::attention::{AttentionScratch, Queries};
 use forebay::device::cpu::kernels::{GemmArgs, Kernels, PANEL_ROWS, Packing};
 use forebay::device::cpu::kv::{KvLayout, KvPool};
 use forebay::device::cpu::memory::Region;
@@ -166,7 +166,7 @@ fn attention(criterion: &mut Criterion) {
                         kv_head,
                     };
                     // SAFETY: nobody writes to the pool.
-                    unsafe { attend(kernels, &pool, &queries, &mut scratch, &mut out) };
+                    unsafe { kernels.attend(&pool, &queries, &mut scratch, &mut out) };
                     black_box(&mut out);
                 });
             });
@@ -194,9 +194,7 @@ fn sampling(criterion: &mut Criterion) {
         ("top-k-40", SamplingParams { top_k: 40, ..base.clone() }),
         ("top-p-0.9", SamplingParams { top_p: 0.9, ..base.clone() }),
         ("min-p-0.05", SamplingParams { min_p: 0.05, ..base.clone() }),
-        ("greedy-top-20-logprobs", SamplingParams {
-            temperature: 0.0, logprobs: Some(20), ..base
-        }),
+        ("greedy-top-20-logprobs", SamplingParams { temperature: 0.0, logprobs: Some(20), ..base }),
     ];
     let mut group = criterion.benchmark_group("sample");
     let history = History::new(vocab, 1024);
