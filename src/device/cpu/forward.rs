@@ -9,7 +9,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::device::cpu::acts::{Acts, Output};
-use crate::device::cpu::attention::{AttentionScratch, Queries, attend};
+use crate::device::cpu::attention::{AttentionScratch, Queries};
 use crate::device::cpu::kernels::{GROUP_MAX, Kernels, PANEL_ROWS};
 use crate::device::cpu::kv::KvPool;
 use crate::device::cpu::memory::{Region, Staged};
@@ -187,11 +187,6 @@ impl Forward {
     /// The model's shape.
     pub fn config(&self) -> &ModelConfig {
         &self.config
-    }
-
-    /// The KV pool.
-    pub fn kv(&self) -> &KvPool {
-        &self.kv
     }
 
     /// Bytes of the weights.
@@ -399,10 +394,11 @@ impl Pass<'_> {
     ) {
         let chunks = tokens.div_ceil(tokens_max).max(1);
         let chunk = tokens.div_ceil(chunks);
-        // A tile should take some microseconds, so that claiming it costs nothing, yet leave
-        // every worker a few. Roughly 25 bytes/ns are read, or as many multiplied per token/6.
+        // A tile should take a microsecond or two: claiming it then costs nothing, and little is
+        // lost with a worker's CPU. Roughly 25 bytes/ns are read, or as many multiplied with 6
+        // tokens.
         let tile_ns = panel_bytes * (chunk + 6) / 6 / 25;
-        let group = (3_000 / tile_ns.max(1)).clamp(1, (panels / (4 * self.lane.lanes())).max(1));
+        let group = (1_500 / tile_ns.max(1)).clamp(1, (panels / (2 * self.lane.lanes())).max(1));
         let groups = panels.div_ceil(group);
         self.lane.stage(groups * chunks, |index| {
             let (first, start) = ((index % groups) * group, (index / groups) * chunk);
@@ -545,7 +541,7 @@ impl Pass<'_> {
             let out = &mut own.attended[..count * dim];
             // SAFETY: the row's keys and values are written: a prompt's in the stage before, a
             // decode row's by this very task. Nobody else writes to this row's blocks.
-            unsafe { attend(forward.kernels, &forward.kv, &queries, &mut own.attention, out) };
+            unsafe { forward.kernels.attend(&forward.kv, &queries, &mut own.attention, out) };
             for (index, out) in out.chunks_exact(dim).enumerate() {
                 let query = start + index;
                 let head = task.kv_head * group + query % group;

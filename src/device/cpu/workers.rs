@@ -1,8 +1,10 @@
 //! The compute workers: pinned threads that run every step together.
 //!
-//! All of them go through the same stages. In a stage each claims tiles from a shared counter, so
-//! that a worker the system takes off its CPU costs one tile; between stages they meet at a
-//! barrier. Waiting spins for [`SPIN`], then parks: nothing burns a core while idle.
+//! All of them go through the same stages. In a stage each worker claims the tiles of its own
+//! share one after the other, which keeps its reads sequential (tiles dealt out in turns halved
+//! the memory bandwidth), then helps its next neighbours: a worker that the system takes off its
+//! CPU costs one tile. Between stages they meet at a barrier. Waiting spins for [`SPIN`], then
+//! parks: nothing burns a core while idle.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -16,6 +18,10 @@ use crossbeam_utils::CachePadded;
 /// A barrier is usually passed within a microsecond; a worker that waits longer waits for one that
 /// lost its CPU, perhaps to the very thread it is waiting in front of.
 const SPIN: Duration = Duration::from_micros(20);
+
+/// Shares that a worker looks into: its own and those of its next neighbours. Enough for any
+/// worker to be helped, few enough that ending a stage is cheap on machines with many.
+const SHARES: usize = 4;
 
 /// What workers run. Called by every worker, once a job.
 pub trait Job: Send + Sync + 'static {
@@ -43,8 +49,8 @@ struct Team {
     arrived: CachePadded<AtomicUsize>,
     /// Counts barriers passed; those at the barrier wait for it to change.
     passed: CachePadded<AtomicUsize>,
-    /// The next tile of the stage.
-    next_tile: CachePadded<AtomicUsize>,
+    /// The next tile of each worker's share of the stage, counted from the share's first.
+    next_tiles: Vec<CachePadded<AtomicUsize>>,
     /// Workers that are through with the job.
     left: AtomicUsize,
     /// A worker panicked: nobody waits at a barrier any more.
@@ -69,15 +75,26 @@ impl Lane<'_> {
         self.team.lanes
     }
 
+    /// The first tile of a worker's share of `count`; that of the worker after the last is `count`.
+    fn share_start(&self, worker: usize, count: usize) -> usize {
+        count * worker / self.team.lanes
+    }
+
     /// Runs tiles 0 to `count`, each on one worker, and returns when all have been run.
     pub fn stage(&self, count: usize, mut tile: impl FnMut(usize)) {
-        loop {
-            // Relaxed: the counter orders nothing but itself; the barrier orders the data.
-            let index = self.team.next_tile.fetch_add(1, Ordering::Relaxed);
-            if index >= count {
-                break;
+        for offset in 0..self.team.lanes.min(SHARES) {
+            let worker = (self.index + offset) % self.team.lanes;
+            let (start, end) =
+                (self.share_start(worker, count), self.share_start(worker + 1, count));
+            let next = &self.team.next_tiles[worker];
+            // Relaxed: the counter orders nothing but itself; the barrier orders the data. The
+            // load spares a neighbour's cache line when there is nothing left to take.
+            while start + next.load(Ordering::Relaxed) < end {
+                let index = start + next.fetch_add(1, Ordering::Relaxed);
+                if index < end {
+                    tile(index);
+                }
             }
-            tile(index);
         }
         self.barrier();
     }
@@ -89,7 +106,7 @@ impl Lane<'_> {
         // AcqRel: the last to arrive sees what the others wrote, and passes it on by `passed`.
         if team.arrived.fetch_add(1, Ordering::AcqRel) + 1 == team.lanes {
             team.arrived.store(0, Ordering::Relaxed);
-            team.next_tile.store(0, Ordering::Relaxed);
+            team.reset_tiles();
             team.passed.store(passed.wrapping_add(1), Ordering::SeqCst);
             team.wake();
         } else {
@@ -111,7 +128,7 @@ impl Team {
             jobs: zero(),
             arrived: zero(),
             passed: zero(),
-            next_tile: zero(),
+            next_tiles: (0..lanes).map(|_| zero()).collect(),
             left: AtomicUsize::new(0),
             broken: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -148,6 +165,12 @@ impl Team {
         flag.store(false, Ordering::SeqCst);
     }
 
+    fn reset_tiles(&self) {
+        for next in &self.next_tiles {
+            next.store(0, Ordering::Relaxed);
+        }
+    }
+
     /// Wakes whoever is parked; call after changing what they wait for.
     fn wake(&self) {
         let Some(threads) = self.threads.get() else { return };
@@ -182,7 +205,7 @@ impl Team {
             // AcqRel: the last one out sees all that the others did.
             if self.left.fetch_add(1, Ordering::AcqRel) + 1 == self.lanes {
                 self.left.store(0, Ordering::Relaxed);
-                self.next_tile.store(0, Ordering::Relaxed);
+                self.reset_tiles();
                 job.finish(self.broken.load(Ordering::SeqCst));
             }
         }

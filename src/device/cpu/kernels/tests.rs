@@ -88,7 +88,8 @@ fn acts(tokens: usize, stride: usize, noise: &mut Noise) -> Vec<ActBlock> {
         if index % 15 == 0 {
             values.fill(-3.0);
         }
-        crate::device::cpu::rows::quantise(&values, std::slice::from_mut(block));
+        let values: [f32; BLOCK] = values.try_into().expect("a block");
+        rows::quantise_block(&values, block);
     }
     blocks
 }
@@ -264,10 +265,9 @@ proptest! {
             }
             kernels.add(&x, &mut floats[2]);
             kernels.rotate(&mut floats[3], &x);
-            kernels.blend(&mut floats[4], 0.3, &x, 0.7);
-            let max = kernels.max64(&scores);
             let mut powers = [0; 64];
-            floats.push(vec![max, kernels.powers64(&scores, max, &mut powers)]);
+            let (max, sum) = kernels.soften(&scores, len % 65, &mut powers);
+            floats.push(vec![max, sum]);
             halves.extend(powers);
             let mut chunks = vec![0.0; len.div_ceil(CHUNK)];
             kernels.maxima(&x, &mut chunks);
