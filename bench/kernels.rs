@@ -194,9 +194,7 @@ fn sampling(criterion: &mut Criterion) {
         ("top-k-40", SamplingParams { top_k: 40, ..base.clone() }),
         ("top-p-0.9", SamplingParams { top_p: 0.9, ..base.clone() }),
         ("min-p-0.05", SamplingParams { min_p: 0.05, ..base.clone() }),
-        ("greedy-top-20-logprobs", SamplingParams {
-            temperature: 0.0, logprobs: Some(20), ..base
-        }),
+        ("greedy-top-20-logprobs", SamplingParams { temperature: 0.0, logprobs: Some(20), ..base }),
     ];
     let mut group = criterion.benchmark_group("sample");
     let history = History::new(vocab, 1024);
