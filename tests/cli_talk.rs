@@ -70,7 +70,7 @@ fn run_prints_one_answer_and_nothing_else_on_standard_output() {
 fn run_says_what_is_wrong_with_what_it_was_given() {
     let long = "word ".repeat(9000);
     let cases: [(&[&str], i32, &str); 4] = [
-        (&["run", "--temperature", "-1", "x"], 2, "temperature must be from 0 to 100"),
+        (&["run", "--temperature=-1", "x"], 2, "temperature must be from 0 to 100"),
         (&["run", "--model", "/nonexistent/x.gguf", "x"], 3, "there is no model file"),
         (&["run", "--raw", ""], 2, "the prompt has 0 tokens"),
         (&["run", &long], 2, "fewer than the context of 8192"),
