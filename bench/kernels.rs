@@ -30,7 +30,7 @@ use forebay::message::{BLOCK_POSITIONS, PlanRow, SeqKey, SlotSetup, Step};
 use forebay::model::Gguf;
 use forebay::request::SamplingParams;
 
-#[path = "../tests/common/model.rs"]
+#[path = "../tests/common/mod.rs"]
 mod model;
 
 const SHAPES: [(&str, Packing, usize, usize); 5] = [

@@ -1,7 +1,7 @@
 //! The CPU backend on the real model: what it answers, and how far its logits are from a forward
 //! pass in f64.
 
-#[path = "common/model.rs"]
+#[path = "common/mod.rs"]
 mod model;
 mod reference;
 #[path = "cpu_support/mod.rs"]

@@ -1,6 +1,6 @@
 //! The reader against the default model's file.
 
-#[path = "common/model.rs"]
+#[path = "common/mod.rs"]
 mod model;
 
 use forebay::model::{DType, Gguf, RopeScaling, quant};

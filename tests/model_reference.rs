@@ -2,7 +2,7 @@
 
 #[path = "common/gguf_file.rs"]
 mod gguf_file;
-#[path = "common/model.rs"]
+#[path = "common/mod.rs"]
 mod model;
 mod reference;
 

@@ -1,7 +1,7 @@
 //! The default model's tokenizer and chat template against reference vectors; see
 //! `tests/vectors/make_tokenizer_vectors.py`.
 
-#[path = "common/model.rs"]
+#[path = "common/mod.rs"]
 mod model;
 
 use std::sync::LazyLock;

@@ -221,7 +221,7 @@ impl<T> Consumer<T> {
     /// Takes the oldest item out.
     #[inline]
     pub fn pop(&mut self) -> Option<T> {
-        if self.tail_seen == self.head && self.len() == 0 {
+        if self.tail_seen == self.head && self.is_empty() {
             return None;
         }
         let item = self.read();

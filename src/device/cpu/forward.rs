@@ -189,6 +189,11 @@ impl Forward {
         &self.config
     }
 
+    /// The KV cache.
+    pub fn kv(&self) -> &KvPool {
+        &self.kv
+    }
+
     /// Bytes of the weights.
     pub fn weight_bytes(&self) -> u64 {
         self.weights.bytes()
@@ -431,9 +436,9 @@ impl Pass<'_> {
                     let at = start * stride + column + panel * PANEL_ROWS;
                     let at = out.at(at, (n - 1) * stride + PANEL_ROWS);
                     let out = Output { at, stride, add };
+                    let (kernels, weights) = (forward.kernels, &forward.weights);
                     // SAFETY: a tile is some panels and some tokens, and a (panel, token) has its own
                     // 32 values (in range: checked by `at`).
-                    let (kernels, weights) = (forward.kernels, &forward.weights);
                     unsafe { acts.multiply(kernels, weights, (matrix, panel), (start, n), out) };
                 }
             },

@@ -70,16 +70,21 @@ pub struct KvPart {
 }
 
 impl KvPool {
-    /// A pool of `blocks` blocks, backed by memory.
+    /// A pool of `blocks` blocks, not backed by memory yet: see [`KvPool::back`].
     ///
     /// # Errors
     /// When the system refuses the memory.
     pub fn new(layout: KvLayout, blocks: u32) -> io::Result<KvPool> {
         let pairs = layout.block_pairs().checked_mul(blocks as usize);
         let pairs = pairs.ok_or(io::Error::from(io::ErrorKind::OutOfMemory))?;
-        let mut pairs = Region::new(pairs)?;
-        pairs.prefault();
+        let pairs = Region::new(pairs)?;
         Ok(KvPool { layout, blocks, pairs })
+    }
+
+    /// Makes the system back the pool with memory from this byte on, and returns where to go on,
+    /// `None` at the end. Steps may run meanwhile: what is in the memory stays.
+    pub fn back(&self, from_byte: usize) -> Option<usize> {
+        self.pairs.back(from_byte)
     }
 
     /// How keys and values lie in a block.

@@ -84,6 +84,7 @@ impl<T: Plain> Region<T> {
     }
 
     /// Values in it.
+    #[expect(clippy::len_without_is_empty, reason = "nobody asks")]
     pub fn len(&self) -> usize {
         self.len
     }
@@ -101,6 +102,26 @@ impl<T: Plain> Region<T> {
             // is volatile because it stores what is there already and must happen all the same.
             unsafe { bytes.add(offset).write_volatile(bytes.add(offset).read()) };
         }
+    }
+
+    /// Makes the system back a piece of the region with memory, from this byte (of a page's start)
+    /// on, and returns where the next one begins; `None` at the end, or where the system cannot do
+    /// it ahead (Linux before 5.14: then the first use of each page does). What is in the memory
+    /// stays, whoever writes to it meanwhile.
+    pub fn back(&self, from_byte: usize) -> Option<usize> {
+        /// Some milliseconds of the kernel's work.
+        const PIECE_BYTES: usize = 16 << 20;
+        let bytes = PIECE_BYTES.min(self.mapped_bytes.checked_sub(from_byte)?);
+        if bytes == 0 {
+            return None;
+        }
+        // SAFETY: the range is inside the mapping. The advice makes pages present as a write would
+        // and leaves their contents alone; no safe call can ask for that.
+        let result = unsafe {
+            let start = self.start.as_ptr().cast::<u8>().add(from_byte);
+            libc::madvise(start.cast(), bytes, libc::MADV_POPULATE_WRITE)
+        };
+        (result == 0).then_some(from_byte + bytes)
     }
 
     /// All of it.

@@ -195,6 +195,7 @@ impl CpuBackend {
             started: Staged::new(Instant::now()),
             on_complete,
         });
+        back_kv_pool(&shared).map_err(LoadError::system("starting a thread"))?;
         let workers = Workers::start(&options.cpus, shared.clone());
         let workers = workers.map_err(LoadError::system("starting the compute workers"))?;
         Ok(CpuBackend { shared, workers, description })
@@ -227,6 +228,19 @@ impl CpuBackend {
         // SAFETY: no step runs, and none can begin while `self` is borrowed.
         Some(unsafe { self.shared.forward.logits(sampled) })
     }
+}
+
+/// Has the KV pool backed with memory on a thread of its own, so that a server need not wait for
+/// it: the kernel clears some gigabyte a second. The thread ends with the backend.
+fn back_kv_pool(shared: &Arc<Shared>) -> io::Result<()> {
+    let shared = Arc::downgrade(shared);
+    let back = move || {
+        let mut next = Some(0);
+        while let (Some(from_byte), Some(shared)) = (next, shared.upgrade()) {
+            next = shared.forward.kv().back(from_byte);
+        }
+    };
+    std::thread::Builder::new().name("kv-pool".into()).spawn(back).map(drop)
 }
 
 /// Checks options against the model and the machine.

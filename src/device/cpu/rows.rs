@@ -167,6 +167,7 @@ pub fn exp2(x: f32) -> f32 {
     let fraction = clamped - (shifted - ROUND);
     // Taylor's series of 2^f, f from -0.5 to 0.5; the first term left out is below 2^-26.
     let mut power = 1.540_353e-4;
+    #[expect(clippy::approx_constant, reason = "a coefficient, rounded as the others are")]
     for coefficient in [1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 0.240_226_5, 0.693_147_2, 1.0] {
         power = power * fraction + coefficient;
     }

@@ -280,8 +280,8 @@ fn pick(
     scratch: &mut Scratch,
 ) -> TokenId {
     let max = largest(&scratch.maxima);
-    // `!(> 0)` takes a temperature that is no number for greedy, too.
-    if !max.is_finite() || !(params.temperature > 0.0) {
+    // Not greater takes a temperature that is no number for greedy, too.
+    if !max.is_finite() || params.temperature.partial_cmp(&0.0) != Some(Ordering::Greater) {
         return greedy(row, max, &scratch.maxima);
     }
     // An infinite factor would turn the most likely token's 0 into no number.
