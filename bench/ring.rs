@@ -239,9 +239,12 @@ fn median(values: &mut [f64]) -> f64 {
     values[values.len() / 2]
 }
 
+/// Passes so many messages (or makes so many round trips) and says how long that took.
+type Run = fn(u64) -> Duration;
+
 /// All of `runs` in turn, `turns` times. Prints for each the median time of a message and the
 /// median ratio to the first within the turn.
-fn interleaved(title: &str, messages: u64, turns: usize, runs: &[(&str, fn(u64) -> Duration)]) {
+fn interleaved(title: &str, messages: u64, turns: usize, runs: &[(&str, Run)]) {
     let mut times = vec![Vec::new(); runs.len()];
     for _ in 0..turns {
         for (run, times) in runs.iter().zip(&mut times) {
@@ -258,7 +261,7 @@ fn interleaved(title: &str, messages: u64, turns: usize, runs: &[(&str, fn(u64) 
 }
 
 fn compare(contestants: &[Contestant]) {
-    let runs = |pick: fn(&Contestant) -> Option<fn(u64) -> Duration>| -> Vec<_> {
+    let runs = |pick: fn(&Contestant) -> Option<Run>| -> Vec<_> {
         contestants.iter().filter_map(|c| Some((c.name, pick(c)?))).collect()
     };
     interleaved("throughput", 200_000, 200, &runs(|c| Some(c.throughput)));

@@ -357,8 +357,8 @@ fn the_async_client_needs_nothing_but_its_driver_polled() {
         assert_eq!(all, "abc".repeat(100));
     };
     // The driver ends by itself once client and generation are dropped.
-    let both: Pin<Box<dyn Future<Output = ((), Result<(), ClientError>)>>> =
-        Box::pin(futures_lite::future::zip(talk, driver));
+    type Both = Pin<Box<dyn Future<Output = ((), Result<(), ClientError>)>>>;
+    let both: Both = Box::pin(futures_lite::future::zip(talk, driver));
     let ((), result) = futures_lite::future::block_on(both);
     assert_eq!(result, Ok(()));
 }

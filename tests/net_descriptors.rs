@@ -72,7 +72,7 @@ fn run_dry(flavour: Flavour) {
     let waiting: Vec<TcpStream> =
         (0..3).map(|_| TcpStream::connect(driver.address).unwrap()).collect();
     let limit = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: Some(3), ..limit.clone() }).unwrap();
+    setrlimit(Resource::Nofile, Rlimit { current: Some(3), ..limit }).unwrap();
     driver.net.resume_accepting();
     driver.until("accepting fails", |d| d.net.counters().accept_failures == 1);
     let rounds = (0..100).filter(|_| driver.round() > 0).count();

@@ -46,11 +46,6 @@ impl Rig {
         Client::connect(self.server().address(), &ClientOptions::default()).unwrap()
     }
 
-    /// One of the server's numbers.
-    pub fn stat(&self, name: &str) -> u64 {
-        stat(&self.connect(), name)
-    }
-
     /// Waits until the server holds nothing of any request any more.
     pub fn wait_until_idle(&self) {
         let client = self.connect();

@@ -104,6 +104,7 @@ pub unsafe fn attend_with(
             add: false,
         });
         let mut softened = [(0.0, 0.0); GROUP_MAX];
+        #[expect(clippy::needless_range_loop, reason = "one index into several tables")]
         for query in 0..count {
             let visible = (position_of(query) + 1).saturating_sub(start).min(BLOCK_POSITIONS);
             softened[query] = soften(&scratch.scores[query], visible, &mut scratch.powers[query]);

@@ -126,6 +126,10 @@ pub struct LogitKernels {
     pub powers: unsafe fn(&[f32], f32, f32, &mut [f32]),
 }
 
+/// Scores of a block and how many of them count, to probabilities as bf16; returns the largest
+/// score and the sum.
+type Soften = unsafe fn(&[f32; 64], usize, &mut [u16; 64]) -> (f32, f32);
+
 /// The kernels of one path. A table is only ever handed out when the machine has its path, which
 /// is what makes calling its functions sound.
 #[derive(Debug)]
@@ -142,7 +146,7 @@ pub struct Kernels {
     swiglu_tile: unsafe fn(&[[f32; 2 * PANEL_ROWS]], *mut ActBlock, usize),
     add: unsafe fn(&[f32], &mut [f32]),
     rotate: unsafe fn(&mut [f32], &[f32]),
-    soften: unsafe fn(&[f32; 64], usize, &mut [u16; 64]) -> (f32, f32),
+    soften: Soften,
     attend: unsafe fn(&KvPool, &Queries<'_>, &mut AttentionScratch, &mut [f32]),
     logits: LogitKernels,
 }

@@ -52,7 +52,7 @@ fn panel(dtype: DType, blocks: usize, noise: &mut Noise) -> Panel {
             DType::Q8_0 => {
                 data.extend(scale);
                 // Now and then the extremes, which overflow what computes too narrowly.
-                let extreme = noise.bits() % 4 == 0;
+                let extreme = noise.bits().is_multiple_of(4);
                 data.extend((0..32).map(|_| if extreme { 0x80 } else { noise.bits() as u8 }));
             }
             _ => {
@@ -60,7 +60,7 @@ fn panel(dtype: DType, blocks: usize, noise: &mut Noise) -> Panel {
                 if dtype == DType::Q4_1 {
                     data.extend(half(0.1 * noise.normal()));
                 }
-                let extreme = noise.bits() % 4 == 0;
+                let extreme = noise.bits().is_multiple_of(4);
                 data.extend((0..16).map(|_| if extreme { 0xff } else { noise.bits() as u8 }));
             }
         }
