@@ -4,7 +4,8 @@
 //!   64 MB, so that they come from where a step finds them, not from the second cache level.
 //!   `elem/s` are integer operations a second, two a multiply-add; at M = 1 reading weights binds
 //!   (a Q4_1 weight is 5 bits: GB/s = Gop/s × 0.31), from M ≈ 8 on arithmetic does.
-//! - `gemm-cached/…`: the same kernel on a panel in the first cache level: what it could do at best.
+//! - `gemm-cached/…`: the same kernel on a panel in the first cache level: what it could do at
+//!   best.
 //! - `attention/…`: one thread; `B/s` are bytes of keys and values read. Blocks lie scattered over
 //!   a pool larger than the caches.
 //! - `sample/…`: one row of 49,152 logits; `elem/s` are logits a second.

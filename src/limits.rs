@@ -100,7 +100,8 @@ impl Limits {
         }
     }
 
-    /// Sequences the engine may know at once: queued (granted ones count as queued), running, parked.
+    /// Sequences the engine may know at once: queued (granted ones count as queued), running,
+    /// parked.
     pub fn sequences_max(&self) -> u32 {
         self.queued_requests_max + self.running_max + self.parked_max
     }

@@ -268,7 +268,10 @@ fn no_line_is_wider_than_100_columns() {
     for source in sources().values() {
         for (index, line) in source.lines.iter().enumerate() {
             let columns = line.text.chars().count();
-            if columns > COLUMNS_MAX {
+            // A row of a Markdown table cannot be broken.
+            let is_table_row =
+                line.text.trim_start().trim_start_matches(['/', '!']).starts_with(" |");
+            if columns > COLUMNS_MAX && !is_table_row {
                 findings.push(format!("{}:{}: {columns} columns", source.path, index + 1));
             }
         }
@@ -279,7 +282,12 @@ fn no_line_is_wider_than_100_columns() {
 const FUNCTION_LINES_MAX: usize = 70;
 
 /// (file, function, lines at most, why it is not shorter). An entry that is no longer needed fails.
-const LONG_FUNCTIONS: &[(&str, &str, usize, &str)] = &[];
+const LONG_FUNCTIONS: &[(&str, &str, usize, &str)] = &[(
+    "src/device/cpu/attention.rs",
+    "attend",
+    90,
+    "one recurrence with its unsafe kernel calls; its parts share a dozen locals",
+)];
 
 #[test]
 fn functions_fit_on_a_screen() {

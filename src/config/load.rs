@@ -199,7 +199,10 @@ impl Loader {
 
 /// The setting of a field of [`crate::limits::Limits`].
 fn limit_key(field: &'static str) -> &'static Setting {
-    let is_it = |s: &&Setting| matches!(s.key.split_once('.'), Some(("limits" | "stream", name)) if name == field);
+    let is_it = |s: &&Setting| {
+        let split = s.key.split_once('.');
+        matches!(split, Some(("limits" | "stream", name)) if name == field)
+    };
     let stream_name = field.strip_prefix("stream_").unwrap_or(field);
     SETTINGS
         .iter()

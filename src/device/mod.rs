@@ -1,7 +1,8 @@
 //! The device: runs steps.
 //!
 //! Core: the device core, and the compute workers a backend owns. The seam is one *step*
-//! ([`crate::message::Step`]), never one operation: a backend is free to fuse and order as it likes.
+//! ([`crate::message::Step`]), never one operation: a backend is free to fuse and order as it
+//! likes.
 
 pub mod cpu;
 mod pump;

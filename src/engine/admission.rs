@@ -158,7 +158,8 @@ impl EngineCore {
             && max_tokens >= 1
             && tokens.len() <= self.sequences[index].permit.tokens() as usize
             // The engine appends the output, and must not allocate for it.
-            && tokens.capacity() >= tokens.len() + max_tokens.min(self.context as usize - tokens.len())
+            && tokens.capacity()
+                >= tokens.len() + max_tokens.min(self.context as usize - tokens.len())
             && tokens.iter().all(|&token| token < self.vocab)
             && stops_fit
             && submission.sampling.check().is_ok();

@@ -5,8 +5,8 @@
 //! it allocates nothing. The shell calls [`EngineCore::tick`] until there is nothing left to do
 //! and then waits for its doorbell or for [`EngineCore::next_timeout`].
 //!
-//! What a request goes through is drawn in [`sequence`]; one file per mechanism:
-//! [`ledger`] and [`queue`] before admission, [`blocks`] and the scheduler after it, [`plan`] on
+//! What a request goes through is drawn in `sequence.rs`; one file per mechanism:
+//! [`ledger`] and `queue.rs` before admission, [`blocks`] and the scheduler after it, [`plan`] on
 //! the way to the device, [`stop`] on the way back, the egress towards the front cores.
 //!
 //! The files beside this one add methods to [`EngineCore`]:

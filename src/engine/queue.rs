@@ -139,7 +139,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_queue_agrees_with_a_sorted_list(moves in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn the_queue_agrees_with_a_sorted_list(
+            moves in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
             let mut sequences = SequenceTable::new(64, 0);
             let mut queue = Queue::new();
             let mut model: Vec<(Class, u64, u32)> = Vec::new();

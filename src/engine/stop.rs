@@ -209,8 +209,10 @@ mod tests {
                 if matcher.feed(&stops, &text[end - 1..end], &mut borders).is_some() {
                     break;
                 }
-                let might_begin = |start: usize| stops.iter().any(|s| s.starts_with(&text[start..end]));
-                let held = (0..end).find(|&start| might_begin(start)).map_or(0, |start| end - start);
+                let begins = |s: &[u8], start: usize| s.starts_with(&text[start..end]);
+                let might_begin = |start: usize| stops.iter().any(|s| begins(s, start));
+                let held = (0..end).find(|&start| might_begin(start));
+                let held = held.map_or(0, |start| end - start);
                 prop_assert_eq!(matcher.held_bytes(), held);
             }
         }

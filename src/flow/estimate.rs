@@ -2,7 +2,8 @@
 //! rate μ, jobs in the system L, and how long a step will take.
 //!
 //! This is the one place where floating point may meet a decision, so it keeps to rules: only
-//! addition, subtraction, multiplication, division and square root (which IEEE 754 defines to the last bit, so that a run can be repeated anywhere),
+//! addition, subtraction, multiplication, division and square root (which IEEE 754 defines to the
+//! last bit, so that a run can be repeated anywhere),
 //! values that are not finite are thrown away, and what is handed out are integers.
 
 use crate::base::Instant;

@@ -104,7 +104,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn credit_is_neither_lost_nor_made(steps in prop::collection::vec((0..4u8, 0..12u32), 0..200)) {
+        fn credit_is_neither_lost_nor_made(
+            steps in prop::collection::vec((0..4u8, 0..12u32), 0..200),
+        ) {
             let (mut credit, window) = (StreamCredit::new(10, 4), 10);
             let (mut given, mut engine, mut produced, mut taken) = (4u64, 4u64, 0u64, 0u64);
             for (what, n) in steps {

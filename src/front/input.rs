@@ -15,7 +15,8 @@ use crate::protocol::{
 use crate::request::{FinishReason, RejectReason};
 
 /// When to come back after a refusal for want of room here: bodies and asks are gone in
-/// milliseconds, streams of one's own in seconds. The engine, which knows λ and μ, computes its own.
+/// milliseconds, streams of one's own in seconds. The engine, which knows λ and μ, computes its
+/// own.
 const RETRY_AFTER_MS: u32 = 1_000;
 
 /// Why a request is refused: reason, when to come back, and a message.

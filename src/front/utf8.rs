@@ -105,7 +105,9 @@ mod tests {
         #[test]
         fn cut_anywhere_it_equals_the_lossy_decoding_of_the_whole(
             bytes in prop::collection::vec(
-                prop_oneof![any::<u8>(), Just(0xf0), Just(0x9f), Just(0xa6), Just(0x80), Just(0xe2)],
+                prop_oneof![
+                    any::<u8>(), Just(0xf0), Just(0x9f), Just(0xa6), Just(0x80), Just(0xe2),
+                ],
                 0..40,
             ),
             size in 1..6usize,

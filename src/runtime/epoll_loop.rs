@@ -246,7 +246,8 @@ impl Readable {
         if self.fd < 0 {
             return Err(io::Error::from_raw_os_error(libc::EBADF));
         }
-        // SAFETY: not -1, just checked. The number is used in this call only, to make a descriptor of our own; if the
+        // SAFETY: not -1, just checked. The number is used in this call only, to make a descriptor
+        // of our own; if the
         // caller closed it meanwhile this is EBADF, or a wait for something else that is open.
         let fd = unsafe { BorrowedFd::borrow_raw(self.fd) }.try_clone_to_owned()?;
         let mut waits = self.on.waits.borrow_mut();

@@ -72,7 +72,8 @@ fn exponential(prng: &mut Prng) -> f64 {
 pub enum Arrivals {
     /// So many are always in progress: the next begins when one ends.
     Closed(u32),
-    /// So many a second on average, at random moments (a Poisson process), whatever the server does.
+    /// So many a second on average, at random moments (a Poisson process), whatever the server
+    /// does.
     Open(f64),
 }
 

@@ -437,7 +437,8 @@ impl Pass<'_> {
                     let at = out.at(at, (n - 1) * stride + PANEL_ROWS);
                     let out = Output { at, stride, add };
                     let (kernels, weights) = (forward.kernels, &forward.weights);
-                    // SAFETY: a tile is some panels and some tokens, and a (panel, token) has its own
+                    // SAFETY: a tile is some panels and some tokens, and a (panel, token) has its
+                    // own
                     // 32 values (in range: checked by `at`).
                     unsafe { acts.multiply(kernels, weights, (matrix, panel), (start, n), out) };
                 }

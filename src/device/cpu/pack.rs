@@ -209,7 +209,8 @@ mod tests {
     proptest! {
         #[test]
         fn every_row_comes_back_as_the_plain_functions_read_it(
-            rows in 1usize..80, blocks in 1usize..4, odd in 0usize..31, seed: u64, kind in 0usize..6,
+            rows in 1usize..80, blocks in 1usize..4, odd in 0usize..31, seed: u64,
+            kind in 0usize..6,
         ) {
             let dtype = [DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::F16, DType::Bf16, DType::F32]
                 [kind];

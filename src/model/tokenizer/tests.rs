@@ -75,7 +75,8 @@ fn words(scheme: Scheme, mut text: &str) -> Vec<&str> {
 fn text() -> impl Strategy<Value = String> {
     let part = prop_oneof![
         4 => prop::sample::select(vec![
-            " ", "  ", "\n", "\r\n", "\t", "\u{a0}", "\u{3000}", "'", "'s", "'S", "'ſ", "'re", "'LL",
+            " ", "  ", "\n", "\r\n", "\t", "\u{a0}", "\u{3000}", "'", "'s", "'S", "'ſ",
+                    "'re", "'LL",
             "'v", "a", "Zé", "漢字", "한국", "e\u{301}", "1", "23", "4567", "½", "Ⅷ", "٣", "１２３", ".",
             "!?", "$", "=>", "_", "😀", "👩\u{200d}👧", "\u{1b}", "\0", "<|im_end|>", "ʰ", "ª", "𝒳",
             "\u{85}", "\u{2028}", "\u{200b}", "\u{feff}",

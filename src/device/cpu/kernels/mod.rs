@@ -77,7 +77,7 @@ pub struct GemmArgs {
     pub add: bool,
 }
 
-/// Rows of bf16 pairs times a matrix of bf16 pairs: out[r][c] = Σ a[r][p]·b[p][c] over pairs p,
+/// Rows of bf16 pairs times a matrix of bf16 pairs: `out[r][c] = Σ a[r][p]·b[p][c]` over pairs p,
 /// each of two products. Serves bf16 weights, queries times keys, and probabilities times values.
 #[derive(Clone, Copy, Debug)]
 pub struct PairArgs {
@@ -105,7 +105,8 @@ pub struct PairArgs {
 /// leave 8 of 32 registers for weights and activations.
 pub const GROUP_MAX: usize = 6;
 
-/// Calls `group(first, count)` for groups of at most `max` that cover 0..`total`, as even as can be.
+/// Calls `group(first, count)` for groups of at most `max` that cover 0..`total`, as even as can
+/// be.
 #[inline(always)]
 fn groups(total: usize, max: usize, mut group: impl FnMut(usize, usize)) {
     let groups = total.div_ceil(max);

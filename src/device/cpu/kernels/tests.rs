@@ -286,7 +286,8 @@ proptest! {
     }
 }
 
-/// A quant's error is uniform within a step of max/127; the largest of 32 normal values is near 2.1:
+/// A quant's error is uniform within a step of max/127; the largest of 32 normal values is near
+/// 2.1:
 /// 2.1 / 127 / √12 = 0.48 %.
 #[test]
 fn quantised_activations_cost_about_half_a_percent() {

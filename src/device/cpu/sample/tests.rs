@@ -78,7 +78,8 @@ proptest! {
     #[test]
     fn filters_keep_exactly_the_tokens_of_the_definition(
         vocab in 1usize..1500, spread in 0.01f32..8.0, seed: u64, ties: bool,
-        top_k in 0u32..200, top_p in 0.01f32..1.2, min_p in -0.3f32..1.0, temperature in 0.1f32..3.0,
+        top_k in 0u32..200, top_p in 0.01f32..1.2, min_p in -0.3f32..1.0,
+        temperature in 0.1f32..3.0,
     ) {
         let mut row = logits(vocab, spread, seed);
         if ties {
@@ -150,14 +151,16 @@ proptest! {
         let mut expected: Vec<f64> = row.iter().map(|&value| f64::from(value)).collect();
         for (token, value) in expected.iter_mut().enumerate() {
             let is_it = |other: &&u32| **other as usize == token;
-            let (in_prompt, count) = (prompt.iter().any(|t| is_it(&t)), output.iter().filter(is_it).count());
+            let in_prompt = prompt.iter().any(|t| is_it(&t));
+            let count = output.iter().filter(is_it).count();
             if in_prompt || count > 0 {
                 let factor = f64::from(repetition);
                 *value = if *value > 0.0 { *value / factor } else { *value * factor };
             }
             *value -= f64::from(frequency) * count as f64;
             *value -= if count > 0 { f64::from(presence) } else { 0.0 };
-            *value += bias.iter().filter(|(t, _)| is_it(&t)).map(|&(_, b)| f64::from(b)).sum::<f64>();
+            let its = bias.iter().filter(|(t, _)| is_it(&t));
+            *value += its.map(|&(_, b)| f64::from(b)).sum::<f64>();
         }
         let mut history = History::new(vocab, vocab);
         // A former owner of the slot leaves nothing behind.
