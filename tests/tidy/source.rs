@@ -46,8 +46,9 @@ pub fn has_word(code: &str, word: &str) -> bool {
     let part = |c: char| c.is_alphanumeric() || c == '_';
     code.match_indices(word).any(|(at, _)| {
         let (before, behind) = (&code[..at], &code[at + word.len()..]);
-        !(word.starts_with(part) && before.ends_with(part))
-            && !(word.ends_with(part) && behind.starts_with(part))
+        let begins_earlier = word.starts_with(part) && before.ends_with(part);
+        let ends_later = word.ends_with(part) && behind.starts_with(part);
+        !begins_earlier && !ends_later
     })
 }
 

@@ -9,7 +9,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::device::cpu::acts::{Acts, Output};
-use crate::device::cpu::attention::{AttentionScratch, Queries};
+use crate::device::cpu::attention::{AttentionScratch, Queries, attend};
 use crate::device::cpu::kernels::{GROUP_MAX, Kernels, PANEL_ROWS};
 use crate::device::cpu::kv::KvPool;
 use crate::device::cpu::memory::{Region, Staged};
@@ -547,7 +547,7 @@ impl Pass<'_> {
             let out = &mut own.attended[..count * dim];
             // SAFETY: the row's keys and values are written: a prompt's in the stage before, a
             // decode row's by this very task. Nobody else writes to this row's blocks.
-            unsafe { forward.kernels.attend(&forward.kv, &queries, &mut own.attention, out) };
+            unsafe { attend(forward.kernels, &forward.kv, &queries, &mut own.attention, out) };
             for (index, out) in out.chunks_exact(dim).enumerate() {
                 let query = start + index;
                 let head = task.kv_head * group + query % group;

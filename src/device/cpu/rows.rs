@@ -34,18 +34,10 @@ impl ActBlock {
     /// All values zero.
     pub const ZERO: ActBlock =
         ActBlock { quants: [0; BLOCK], scale: 0.0, scaled_sum: 0.0, sum: 0, pad: 0 };
-
-    /// Sets what goes with quants whose largest magnitude stands for `max`.
-    #[inline(always)]
-    pub fn set_scale(&mut self, max: f32, sum: i32) {
-        self.scale = max * (1.0 / 127.0);
-        self.sum = sum;
-        self.scaled_sum = self.scale * sum as f32;
-    }
 }
 
-/// Adding this, 1.5·2^23, leaves the nearest integer (ties to even) in a float's low mantissa bits.
-pub const ROUND: f32 = 12_582_912.0;
+/// Adding 1.5·2^23 leaves the nearest integer (ties to even) in a float's low mantissa bits.
+const ROUND: f32 = 12_582_912.0;
 
 /// The larger one; the second where either is NaN. Maps to one instruction, unlike `f32::max`.
 #[inline(always)]
@@ -53,13 +45,9 @@ fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 
-/// Quantises a row, a block at a time; a last partial block is filled with zeroes.
+/// Quantises a row; a last partial block is filled with zeroes.
 #[inline(always)]
-pub fn quantise(
-    values: &[f32],
-    out: &mut [ActBlock],
-    quantise_block: impl Fn(&[f32; BLOCK], &mut ActBlock),
-) {
+pub fn quantise(values: &[f32], out: &mut [ActBlock]) {
     let (whole, rest) = values.as_chunks::<BLOCK>();
     assert!(out.len() >= whole.len() + usize::from(!rest.is_empty()));
     for (block, out) in whole.iter().zip(out.iter_mut()) {
@@ -75,24 +63,31 @@ pub fn quantise(
 /// Quantises one block: the largest magnitude becomes ±127, the others are rounded to nearest.
 #[inline(always)]
 pub fn quantise_block(values: &[f32; BLOCK], out: &mut ActBlock) {
-    let (first, second) = values.split_at(16);
     let mut lanes = [0.0f32; 16];
-    for (lane, value) in lanes.iter_mut().zip(first) {
-        *lane = larger(value.abs(), 0.0);
+    for half in values.as_chunks::<16>().0 {
+        for (lane, value) in lanes.iter_mut().zip(half) {
+            *lane = larger(value.abs(), *lane);
+        }
     }
-    for (lane, value) in lanes.iter_mut().zip(second) {
-        *lane = larger(value.abs(), *lane);
+    let mut max = lanes[0];
+    for &lane in &lanes[1..] {
+        max = larger(lane, max);
     }
-    let max = fold(lanes, larger);
     let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
     let mut sum = 0i32;
-    for (quant, value) in out.quants.iter_mut().zip(values) {
-        let rounded = (value * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits());
-        // Only a value that is no number falls outside; then any quant is as good.
-        *quant = rounded as i8;
-        sum = sum.wrapping_add(rounded as i32);
+    let mut rounded = [0i32; BLOCK];
+    for (rounded, value) in rounded.iter_mut().zip(values) {
+        let bits = (value * inverse + ROUND).to_bits() as i32;
+        *rounded = bits.wrapping_sub(ROUND.to_bits() as i32);
     }
-    out.set_scale(max, sum);
+    for (quant, rounded) in out.quants.iter_mut().zip(&rounded) {
+        // Only a value that is no number falls outside; then any quant is as good.
+        *quant = *rounded as i8;
+        sum += i32::from(*rounded as i8);
+    }
+    out.scale = max / 127.0;
+    out.sum = sum;
+    out.scaled_sum = out.scale * sum as f32;
 }
 
 /// The nearest bf16 to a finite value, ties to even; NaN stays NaN.
@@ -133,15 +128,14 @@ fn sum_of(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     for (lane, value) in lanes.iter_mut().zip(rest) {
         *lane += term(*value);
     }
-    fold(lanes, |a, b| a + b)
+    fold(lanes)
 }
 
-/// Folds 16 lanes by halves: lane i with lane i + 8, and so on.
 #[inline(always)]
-pub fn fold(mut lanes: [f32; 16], merge: impl Fn(f32, f32) -> f32) -> f32 {
+fn fold(mut lanes: [f32; 16]) -> f32 {
     for half in [8, 4, 2, 1] {
         for lane in 0..half {
-            lanes[lane] = merge(lanes[lane + half], lanes[lane]);
+            lanes[lane] += lanes[lane + half];
         }
     }
     lanes[0]
@@ -205,52 +199,36 @@ pub fn rotate(head: &mut [f32], turns: &[f32]) {
     }
 }
 
-/// Coefficients of 2^f for f from -0.5 to 0.5, highest power first, good to 3e-6: what goes into a
-/// bf16, whose steps are 8e-3, needs no more.
-pub const COARSE: [f32; 5] = [9.582_849e-3, 5.590_642_5e-2, 0.240_240_99, 0.693_124_2, 1.0];
-
-/// 2^x for x from -126 to 0, within 3e-6; 0 below.
+/// The largest of a row of 64 scores, negative infinity when none is a number.
 #[inline(always)]
-pub fn exp2_coarse(x: f32) -> f32 {
-    let clamped = larger(x, -126.0);
-    let shifted = clamped + ROUND;
-    let fraction = clamped - (shifted - ROUND);
-    let mut power = COARSE[0];
-    for coefficient in &COARSE[1..] {
-        power = power * fraction + coefficient;
-    }
-    let scaled = f32::from_bits(power.to_bits().wrapping_add(shifted.to_bits() << 23));
-    if x < -126.0 { 0.0 } else { scaled }
-}
-
-/// One query's scores over a block become bf16 weights 2^(score - max), zero from `visible` on.
-/// Returns the largest visible score (negative infinity if none is finite: then nothing of the
-/// block counts) and the sum of the weights as stored.
-#[inline(always)]
-pub fn soften(scores: &[f32; 64], visible: usize, out: &mut [u16; 64]) -> (f32, f32) {
-    let mut masked = [f32::NEG_INFINITY; 64];
-    for (index, (masked, score)) in masked.iter_mut().zip(scores).enumerate() {
-        *masked = if index < visible { *score } else { f32::NEG_INFINITY };
-    }
+pub fn max64(scores: &[f32; 64]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 16];
-    for chunk in masked.as_chunks::<16>().0 {
+    for chunk in scores.as_chunks::<16>().0 {
         for (lane, score) in lanes.iter_mut().zip(chunk) {
             *lane = larger(*score, *lane);
         }
     }
-    let max = fold(lanes, larger);
-    let shift = if max.is_finite() { max } else { 0.0 };
+    let mut max = lanes[0];
+    for &lane in &lanes[1..] {
+        max = larger(lane, max);
+    }
+    max
+}
+
+/// Turns scores into bf16 powers of two, 2^(score - max), and returns the sum of what was stored.
+#[inline(always)]
+pub fn powers64(scores: &[f32; 64], max: f32, out: &mut [u16; 64]) -> f32 {
     let mut lanes = [0.0f32; 16];
+    let (chunks, _) = scores.as_chunks::<16>();
     let (outs, _) = out.as_chunks_mut::<16>();
-    for (chunk, out) in masked.as_chunks::<16>().0.iter().zip(outs) {
+    for (chunk, out) in chunks.iter().zip(outs) {
         for lane in 0..16 {
-            let bits = exp2_coarse(chunk[lane] - shift).to_bits();
-            let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-            out[lane] = rounded as u16;
-            lanes[lane] += f32::from_bits(rounded << 16);
+            let bits = bf16_from(exp2(chunk[lane] - max));
+            out[lane] = bits;
+            lanes[lane] += bf16_to(bits);
         }
     }
-    (max, fold(lanes, |a, b| a + b))
+    fold(lanes)
 }
 
 /// sum = sum·by + other·other_by: brings two partial sums to a common scale.
@@ -279,30 +257,6 @@ mod tests {
         assert_eq!(exp2(0.0), 1.0);
         assert_eq!(exp2(-3.0), 0.125);
         assert_eq!(exp2(f32::NEG_INFINITY), 0.0);
-    }
-
-    #[test]
-    fn the_coarse_exp2_is_good_enough_for_bf16() {
-        for step in 0..=1_260_000 {
-            let x = step as f32 * -1e-4;
-            let error = f64::from(exp2_coarse(x)) / f64::from(x).exp2() - 1.0;
-            assert!(error.abs() < 5e-6, "{x}: {error}");
-        }
-        assert_eq!(exp2_coarse(0.0), 1.0);
-        assert_eq!(exp2_coarse(f32::NEG_INFINITY), 0.0);
-    }
-
-    #[test]
-    fn softening_ignores_what_is_not_visible() {
-        let mut scores = [f32::NAN; 64];
-        scores[0] = 3.0;
-        scores[1] = 2.0;
-        let mut out = [9; 64];
-        assert_eq!(soften(&scores, 2, &mut out), (3.0, 1.5));
-        assert_eq!(out[..2], [bf16_from(1.0), bf16_from(0.5)]);
-        assert!(out[2..].iter().all(|&bits| bits == 0));
-        assert_eq!(soften(&scores, 0, &mut out), (f32::NEG_INFINITY, 0.0));
-        assert!(out.iter().all(|&bits| bits == 0));
     }
 
     #[test]

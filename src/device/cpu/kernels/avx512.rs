@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::{GROUP_MAX, GemmArgs, Packing, PairArgs, groups};
-use crate::device::cpu::rows::{ActBlock, BLOCK, COARSE, ROUND};
+use crate::device::cpu::rows::ActBlock;
 
 /// Kinds of integer weights, as a constant parameter of the kernel.
 const Q8: u8 = 0;
@@ -275,105 +275,4 @@ unsafe fn pair_tile<const R: usize, const V: usize>(
 fn as_bf16(vector: __m512i) -> __m512bh {
     // SAFETY: both are 64 bytes in which every pattern is valid; there is no intrinsic for it.
     unsafe { std::mem::transmute(vector) }
-}
-
-/// `rows::quantise_block`, whose sums and maxima the compiler takes lane by lane.
-#[target_feature(enable = "avx512f")]
-#[inline]
-pub(super) fn quantise_block(values: &[f32; BLOCK], out: &mut ActBlock) {
-    // SAFETY: two loads of 16 values, two stores of 16 quants.
-    unsafe {
-        let [first, second] = [0, 16].map(|at| _mm512_loadu_ps(values.as_ptr().add(at)));
-        let lanes = _mm512_max_ps(_mm512_abs_ps(first), _mm512_setzero_ps());
-        let max = fold_max(_mm512_max_ps(_mm512_abs_ps(second), lanes));
-        let inverse = _mm512_set1_ps(if max > 0.0 { 127.0 / max } else { 0.0 });
-        let [first, second] = [first, second].map(|values| {
-            let shifted = _mm512_add_ps(_mm512_mul_ps(values, inverse), _mm512_set1_ps(ROUND));
-            let bits = _mm512_castps_si512(shifted);
-            _mm512_sub_epi32(bits, _mm512_set1_epi32(ROUND.to_bits() as i32))
-        });
-        let quants = out.quants.as_mut_ptr();
-        _mm_storeu_si128(quants.cast(), _mm512_cvtepi32_epi8(first));
-        _mm_storeu_si128(quants.add(16).cast(), _mm512_cvtepi32_epi8(second));
-        out.set_scale(max, _mm512_reduce_add_epi32(_mm512_add_epi32(first, second)));
-    }
-}
-
-/// `rows::soften`, for the same reason.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-#[inline]
-pub(super) fn soften(scores: &[f32; 64], visible: usize, out: &mut [u16; 64]) -> (f32, f32) {
-    let visible = if visible < 64 { (1u64 << visible) - 1 } else { u64::MAX };
-    let infinity = _mm512_set1_ps(f32::NEG_INFINITY);
-    let scores: [__m512; 4] = std::array::from_fn(|part| {
-        let visible = (visible >> (16 * part)) as u16;
-        // SAFETY: 16 of 64 scores.
-        unsafe { _mm512_mask_loadu_ps(infinity, visible, scores.as_ptr().add(16 * part)) }
-    });
-    let lanes = scores.into_iter().fold(infinity, |lanes, scores| _mm512_max_ps(scores, lanes));
-    let max = fold_max(lanes);
-    let shift = _mm512_set1_ps(if max.is_finite() { max } else { 0.0 });
-    let mut sum = _mm512_setzero_ps();
-    for (part, scores) in scores.into_iter().enumerate() {
-        let bits = _mm512_castps_si512(exp2_coarse(_mm512_sub_ps(scores, shift)));
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-        let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-        let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
-        // SAFETY: 16 of 64 weights.
-        unsafe {
-            let out = out.as_mut_ptr().add(16 * part);
-            _mm256_storeu_si256(out.cast(), _mm512_cvtepi32_epi16(rounded));
-        }
-        sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(rounded)));
-    }
-    (max, fold_add(sum))
-}
-
-/// `rows::exp2_coarse` of 16 values.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn exp2_coarse(x: __m512) -> __m512 {
-    let least = _mm512_set1_ps(-126.0);
-    let clamped = _mm512_max_ps(x, least);
-    let shifted = _mm512_add_ps(clamped, _mm512_set1_ps(ROUND));
-    let fraction = _mm512_sub_ps(clamped, _mm512_sub_ps(shifted, _mm512_set1_ps(ROUND)));
-    let mut power = _mm512_set1_ps(COARSE[0]);
-    for coefficient in &COARSE[1..] {
-        power = _mm512_add_ps(_mm512_mul_ps(power, fraction), _mm512_set1_ps(*coefficient));
-    }
-    let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
-    let scaled = _mm512_add_epi32(_mm512_castps_si512(power), exponent);
-    // Not "not less", so that what is no number is kept as in `rows`.
-    let vanishes = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, least);
-    _mm512_castsi512_ps(_mm512_mask_mov_epi32(scaled, vanishes, _mm512_setzero_si512()))
-}
-
-/// `rows::fold` with the larger one.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn fold_max(lanes: __m512) -> f32 {
-    let (low, high) = halves(lanes);
-    let eight = _mm256_max_ps(high, low);
-    let four = _mm_max_ps(_mm256_extractf128_ps::<1>(eight), _mm256_castps256_ps128(eight));
-    let two = _mm_max_ps(_mm_movehl_ps(four, four), four);
-    _mm_cvtss_f32(_mm_max_ss(_mm_shuffle_ps::<1>(two, two), two))
-}
-
-/// `rows::fold` with the sum.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn fold_add(lanes: __m512) -> f32 {
-    let (low, high) = halves(lanes);
-    let eight = _mm256_add_ps(high, low);
-    let four = _mm_add_ps(_mm256_extractf128_ps::<1>(eight), _mm256_castps256_ps128(eight));
-    let two = _mm_add_ps(_mm_movehl_ps(four, four), four);
-    _mm_cvtss_f32(_mm_add_ss(_mm_shuffle_ps::<1>(two, two), two))
-}
-
-/// Lanes 0 to 7 and lanes 8 to 15.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn halves(lanes: __m512) -> (__m256, __m256) {
-    let high = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(lanes));
-    (_mm512_castps512_ps256(lanes), _mm256_castpd_ps(high))
 }

@@ -17,11 +17,8 @@ mod portable;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use crate::device::cpu::attention::{self, AttentionScratch, Queries};
 use crate::device::cpu::isa::Isa;
-use crate::device::cpu::kv::KvPool;
 use crate::device::cpu::rows::{ActBlock, BLOCK};
-use crate::device::cpu::{logits, rows};
 
 /// Output rows in a panel: two 512-bit vectors of 16 lanes.
 pub const PANEL_ROWS: usize = 32;
@@ -77,8 +74,8 @@ pub struct GemmArgs {
     pub add: bool,
 }
 
-/// Rows of bf16 pairs times a matrix of bf16 pairs: `out[r][c] = Σ a[r][p]·b[p][c]` over pairs p,
-/// each of two products. Serves bf16 weights, queries times keys, and probabilities times values.
+/// Rows of bf16 pairs times a matrix of bf16 pairs: `out[r][c] = Σ a[r][p]·b[p][c]` over pairs
+/// p, each of two products. Serves bf16 weights, queries times keys, probabilities times values.
 #[derive(Clone, Copy, Debug)]
 pub struct PairArgs {
     /// First row: `pairs` pairs of bf16.
@@ -105,8 +102,7 @@ pub struct PairArgs {
 /// leave 8 of 32 registers for weights and activations.
 pub const GROUP_MAX: usize = 6;
 
-/// Calls `group(first, count)` for groups of at most `max` that cover 0..`total`, as even as can
-/// be.
+/// Calls `group(first, count)` for groups of at most `max` that cover 0..`total`, evenly.
 #[inline(always)]
 fn groups(total: usize, max: usize, mut group: impl FnMut(usize, usize)) {
     let groups = total.div_ceil(max);
@@ -127,10 +123,6 @@ pub struct LogitKernels {
     pub powers: unsafe fn(&[f32], f32, f32, &mut [f32]),
 }
 
-/// Scores of a block and how many of them count, to probabilities as bf16; returns the largest
-/// score and the sum.
-type Soften = unsafe fn(&[f32; 64], usize, &mut [u16; 64]) -> (f32, f32);
-
 /// The kernels of one path. A table is only ever handed out when the machine has its path, which
 /// is what makes calling its functions sound.
 #[derive(Debug)]
@@ -147,21 +139,20 @@ pub struct Kernels {
     swiglu_tile: unsafe fn(&[[f32; 2 * PANEL_ROWS]], *mut ActBlock, usize),
     add: unsafe fn(&[f32], &mut [f32]),
     rotate: unsafe fn(&mut [f32], &[f32]),
-    soften: Soften,
-    attend: unsafe fn(&KvPool, &Queries<'_>, &mut AttentionScratch, &mut [f32]),
+    max64: unsafe fn(&[f32; 64]) -> f32,
+    powers64: unsafe fn(&[f32; 64], f32, &mut [u16; 64]) -> f32,
+    blend: unsafe fn(&mut [f32], f32, &[f32], f32),
     logits: LogitKernels,
 }
 
 /// Compiles the element-wise routines for a path and gathers its table.
 macro_rules! table {
-    (
-        $name:ident, $isa:expr, $gemms:ident, $pairs:path, $quantise_block:path, $soften:path
-        $(, $features:literal)?
-    ) => {
+    ($name:ident, $isa:expr, $gemms:ident, $pairs:path $(, $features:literal)?) => {
         pub(super) static $name: Kernels = {
+            use $crate::device::cpu::{logits, rows};
             $(#[target_feature(enable = $features)])?
             unsafe fn quantise(values: &[f32], out: &mut [rows::ActBlock]) {
-                rows::quantise(values, out, |values, out| $quantise_block(values, out));
+                rows::quantise(values, out);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn to_bf16(values: &[f32], out: &mut [u16]) {
@@ -187,7 +178,7 @@ macro_rules! table {
                     let (gate, up) = values.split_at(PANEL_ROWS);
                     let mut inner = [0.0; PANEL_ROWS];
                     rows::swiglu(gate, up, &mut inner);
-                    $quantise_block(&inner, out);
+                    rows::quantise_block(&inner, out);
                 }
             }
             $(#[target_feature(enable = $features)])?
@@ -199,31 +190,16 @@ macro_rules! table {
                 rows::rotate(head, turns);
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn soften(
-                scores: &[f32; 64],
-                visible: usize,
-                out: &mut [u16; 64],
-            ) -> (f32, f32) {
-                $soften(scores, visible, out)
+            unsafe fn max64(scores: &[f32; 64]) -> f32 {
+                rows::max64(scores)
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn attend(
-                pool: &KvPool,
-                queries: &Queries<'_>,
-                scratch: &mut AttentionScratch,
-                out: &mut [f32],
-            ) {
-                // SAFETY: the caller's word, for the pool and for the machine's features.
-                unsafe {
-                    attention::attend_with(
-                        pool,
-                        queries,
-                        scratch,
-                        out,
-                        |args| $pairs(args),
-                        |scores, visible, out| $soften(scores, visible, out),
-                    );
-                }
+            unsafe fn powers64(scores: &[f32; 64], max: f32, out: &mut [u16; 64]) -> f32 {
+                rows::powers64(scores, max, out)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn blend(sum: &mut [f32], by: f32, other: &[f32], other_by: f32) {
+                rows::blend(sum, by, other, other_by);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn maxima(row: &[f32], out: &mut [f32]) {
@@ -246,25 +222,24 @@ macro_rules! table {
                 swiglu_tile,
                 add,
                 rotate,
-                soften,
-                attend,
+                max64,
+                powers64,
+                blend,
                 logits: LogitKernels { maxima, powers },
             }
         };
     };
 }
 
-table!(PORTABLE, Isa::Portable, portable, portable::pairs, rows::quantise_block, rows::soften);
+table!(PORTABLE, Isa::Portable, portable, portable::pairs);
 #[cfg(target_arch = "x86_64")]
-table!(AVX2, Isa::Avx2, avx2, avx2::pairs, rows::quantise_block, rows::soften, "avx2,fma,f16c");
+table!(AVX2, Isa::Avx2, avx2, avx2::pairs, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 table!(
     AVX512,
     Isa::Avx512,
     avx512,
     avx2::pairs,
-    avx512::quantise_block,
-    avx512::soften,
     "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
 );
 #[cfg(target_arch = "x86_64")]
@@ -273,8 +248,6 @@ table!(
     Isa::Avx512Bf16,
     avx512,
     avx512::pairs,
-    avx512::quantise_block,
-    avx512::soften,
     "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16"
 );
 
@@ -378,29 +351,22 @@ impl Kernels {
         unsafe { (self.rotate)(head, turns) }
     }
 
-    /// See `rows::soften`.
-    pub fn soften(&self, scores: &[f32; 64], visible: usize, out: &mut [u16; 64]) -> (f32, f32) {
+    /// See `rows::max64`.
+    pub fn max64(&self, scores: &[f32; 64]) -> f32 {
         // SAFETY: as for `quantise`.
-        unsafe { (self.soften)(scores, visible, out) }
+        unsafe { (self.max64)(scores) }
     }
 
-    /// Attends with at most [`GROUP_MAX`] queries; `out` gets `padded_dim` values for each. See
-    /// `attention`.
-    ///
-    /// # Safety
-    /// Nobody writes to the blocks' parts of this layer and kv head meanwhile.
-    ///
-    /// # Panics
-    /// When the slices do not fit together or the blocks do not reach the last query's position.
-    pub unsafe fn attend(
-        &self,
-        pool: &KvPool,
-        queries: &Queries<'_>,
-        scratch: &mut AttentionScratch,
-        out: &mut [f32],
-    ) {
-        // SAFETY: the machine has the path (see `of`); the rest is the caller's word.
-        unsafe { (self.attend)(pool, queries, scratch, out) }
+    /// See `rows::powers64`.
+    pub fn powers64(&self, scores: &[f32; 64], max: f32, out: &mut [u16; 64]) -> f32 {
+        // SAFETY: as for `quantise`.
+        unsafe { (self.powers64)(scores, max, out) }
+    }
+
+    /// See `rows::blend`.
+    pub fn blend(&self, sum: &mut [f32], by: f32, other: &[f32], other_by: f32) {
+        // SAFETY: as for `quantise`.
+        unsafe { (self.blend)(sum, by, other, other_by) }
     }
 
     /// See `logits::maxima`.

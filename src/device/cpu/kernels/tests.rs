@@ -88,8 +88,7 @@ fn acts(tokens: usize, stride: usize, noise: &mut Noise) -> Vec<ActBlock> {
         if index % 15 == 0 {
             values.fill(-3.0);
         }
-        let values: [f32; BLOCK] = values.try_into().expect("a block");
-        rows::quantise_block(&values, block);
+        crate::device::cpu::rows::quantise(&values, std::slice::from_mut(block));
     }
     blocks
 }
@@ -265,9 +264,10 @@ proptest! {
             }
             kernels.add(&x, &mut floats[2]);
             kernels.rotate(&mut floats[3], &x);
+            kernels.blend(&mut floats[4], 0.3, &x, 0.7);
+            let max = kernels.max64(&scores);
             let mut powers = [0; 64];
-            let (max, sum) = kernels.soften(&scores, len % 65, &mut powers);
-            floats.push(vec![max, sum]);
+            floats.push(vec![max, kernels.powers64(&scores, max, &mut powers)]);
             halves.extend(powers);
             let mut chunks = vec![0.0; len.div_ceil(CHUNK)];
             kernels.maxima(&x, &mut chunks);
@@ -286,8 +286,7 @@ proptest! {
     }
 }
 
-/// A quant's error is uniform within a step of max/127; the largest of 32 normal values is near
-/// 2.1:
+/// A quant's error is uniform within a step of max/127; the largest of 32 normal values is 2.1:
 /// 2.1 / 127 / √12 = 0.48 %.
 #[test]
 fn quantised_activations_cost_about_half_a_percent() {
