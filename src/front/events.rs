@@ -168,7 +168,7 @@ impl FrontCore {
         let stream = self.pipeline.streams.get_mut(key).expect("its last event is to come");
         assert!(stream.credit.produced(count), "{count} tokens without credit");
         let mut text = String::new();
-        stream.utf8.feed(output.text, &mut text);
+        stream.utf8.push(output.text, &mut text);
         self.counters.output_tokens += u64::from(count);
         if stream.conn.is_none() {
             stream.credit.taken(count);

@@ -29,7 +29,6 @@ mod stream;
 pub mod task;
 mod timers;
 mod tokenise;
-mod utf8;
 
 pub use self::connection::{Action, CloseHow};
 pub use self::core::FrontCore;

@@ -2,9 +2,9 @@
 
 use super::ConnId;
 use super::credit::StreamCredit;
-use super::utf8::Utf8Assembler;
 use crate::base::{Instant, SlabKey};
 use crate::message::{SeqKey, StreamKey, Submission};
+use crate::model::Utf8Assembler;
 use crate::protocol::Prelude;
 use crate::request::FinishReason;
 
