@@ -180,8 +180,9 @@ impl Chat {
         let mut answer = String::new();
         let mut first = None;
         let mut tokens = 0;
+        let mut stop_by = None;
         let ended = loop {
-            match self.next_event(&mut generation)? {
+            match self.next_event(&mut generation, &mut stop_by)? {
                 Event::Tokens(new) => {
                     first.get_or_insert_with(|| begun.elapsed());
                     tokens += new.ids.len();
@@ -202,21 +203,29 @@ impl Chat {
         Ok((answer, ended))
     }
 
-    /// The next event; Ctrl-C meanwhile asks the server to stop, whose last event then comes.
-    fn next_event(&self, generation: &mut Generation) -> Result<Event, Failure> {
+    /// The next event. After Ctrl-C the server is asked to stop, once, and by when its last event
+    /// must have come is noted in `stop_by`.
+    fn next_event(
+        &self,
+        generation: &mut Generation,
+        stop_by: &mut Option<Instant>,
+    ) -> Result<Event, Failure> {
         // A server that does not stop when asked is not waited for.
         const STOP_WAIT: Duration = Duration::from_secs(10);
-        let mut stop_by = None;
         loop {
+            // Looked for before every event, as an answer that comes fast never lets a wait end.
+            match stop_by {
+                None if self.interrupts.caught() => {
+                    generation.cancel();
+                    *stop_by = Some(Instant::now() + STOP_WAIT);
+                }
+                Some(by) if Instant::now() > *by => {
+                    return Err(Failure::Runtime("the server does not stop".into()));
+                }
+                _ => {}
+            }
             if let Some(event) = generation.next_timeout(LOOK).map_err(lost)? {
                 return Ok(event);
-            }
-            if stop_by.is_none() && self.interrupts.caught() {
-                generation.cancel();
-                stop_by = Some(Instant::now() + STOP_WAIT);
-            }
-            if stop_by.is_some_and(|by| Instant::now() > by) {
-                return Err(Failure::Runtime("the server does not stop".into()));
             }
         }
     }
