@@ -1,87 +1,20 @@
-// Attention over the paged cache: one recurrence for prefill and decode alike.
+// Attention where a warp has a block: few queries a sequence, as in decoding; and the merge of
+// splits. What is computed, and what is not mixed with what, is said in attention.cuh.
 //
-// Q.K^T and P.V are mma.m16n8k16 with the queries as rows: the query heads that share a kv head,
-// and the next tokens if there is room, fill the 16 rows. Work is bound by reading keys and values,
-// so everything here serves keeping many reads in flight:
-//   - a warp has one block, and asks for its values and most of its keys before it computes;
-//   - keys go from memory straight to registers. A sum over the head's dimensions may be taken in
-//     any order as long as queries agree, so a lane takes 8 dimensions in a row (16 bytes), which
-//     stand for k = 2t, 2t+1, 2t+8, 2t+9 of two mma steps;
+// Work is bound by reading keys and values, so everything here serves keeping many reads in flight:
+//   - a warp asks for its block's values and most of its keys before it computes;
+//   - keys go from memory straight to registers;
 //   - only values, which have to be transposed, go through shared memory: 512 x head_dim bytes a
 //     CTA, so three fit a multiprocessor at head_dim 128.
-//
-// What a query gets depends on nothing but itself, its positions' keys and values, and the absolute
-// position: mma rows do not meet, and blocks beyond a query's own position are left out of its
-// merge, though another row of the tile may need them.
-//
-// heads / kv_heads must be at most 16.
-#include "abi.h"
-#include "primitives.cuh"
+#include "attention.cuh"
 
 namespace {
-
-constexpr int kBlock = FB_BLOCK_POSITIONS;
-constexpr int kWarps = FB_SPLIT_BLOCKS;
-constexpr int kRows = 16;
-constexpr int kKeyTiles = kBlock / 8; // mma column tiles of Q.K^T
-
-// What a lane knows of its two rows of the tile: lane/4 and lane/4 + 8.
-template <int DIM> struct Queries {
-  uint4 values[2][DIM / 32];
-  uint32_t position[2]; // of the row's token
-};
-
-// A block's result for a lane's two rows.
-template <int DIM> struct Partial {
-  float o[DIM / 8][4];
-  float max[2];
-  float sum[2];
-};
-
-// Which tokens, heads and positions a CTA has.
-struct Tile {
-  uint32_t token;    // first token in the step
-  uint32_t tokens;
-  uint32_t position; // of the first token
-  uint32_t head;     // first query head
-  uint32_t group;
-  __device__ uint32_t last() const { return position + tokens - 1; }
-};
 
 // Shared memory of a warp, used twice: its block's values, then its part of the merge, rows spread
 // by 8 floats so that a warp's stores meet no bank twice.
 template <int DIM> constexpr int kRowFloats = DIM + 8;
 template <int DIM> constexpr int kWarpBytes = kBlock * DIM * 2;
 static_assert(kRows * (kRowFloats<64> + 2) * 4 <= kWarpBytes<64>, "the merge must fit");
-
-__device__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
-
-// Byte offset of 16 bytes of a position's values. Eight positions in a row have to lie in eight
-// different groups of four banks for ldmatrix; rows of 192 bytes are half a turn apart already.
-template <int DIM> __device__ uint32_t value_offset(uint32_t position, uint32_t chunk) {
-  const uint32_t turn = DIM % 64 == 0 ? position & 7 : position >> 1 & 3;
-  return position * (DIM * 2) + ((chunk ^ turn) << 4);
-}
-
-template <int DIM>
-__device__ Queries<DIM> load_queries(const fb_attention &p, const Tile &tile, uint32_t lane) {
-  Queries<DIM> queries;
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const uint32_t row = lane / 4 + half * 8;
-    const uint32_t token = row / tile.group;
-    const bool real = token < tile.tokens;
-    queries.position[half] = tile.position + (real ? token : 0);
-    const uint32_t head = tile.head + row % tile.group;
-    const size_t at = ((size_t)(tile.token + token) * p.heads + head) * DIM + lane % 4 * 8;
-#pragma unroll
-    for (int part = 0; part < DIM / 32; part++) {
-      queries.values[half][part] =
-          real ? *(const uint4 *)(p.q + at + part * 32) : make_uint4(0, 0, 0, 0);
-    }
-  }
-  return queries;
-}
 
 // Keys of eight positions. Positions past the last visible one repeat it: the cache holds anything
 // there, and the score is masked.
@@ -133,74 +66,10 @@ __device__ void score(float (&scores)[kKeyTiles][4], const Queries<DIM> &queries
     sums[0] = sums[1] = sums[2] = sums[3] = 0;
 #pragma unroll
     for (int part = 0; part < DIM / 32; part++) {
-      const uint4 low = queries.values[0][part], high = queries.values[1][part];
-      const uint32_t first[4] = {low.x, high.x, low.y, high.y};
-      const uint32_t second[4] = {low.z, high.z, low.w, high.w};
-      fb_mma_bf16(sums, first, now[part].x, now[part].y);
-      fb_mma_bf16(sums, second, now[part].z, now[part].w);
+      multiply(sums, queries.values[0][part], queries.values[1][part], now[part]);
     }
     if (tile + kAhead < kKeyTiles) {
       load_keys<DIM>(now, block, tile + kAhead, last, lane);
-    }
-  }
-}
-
-// Masks and scales scores, makes them weights, packed as the A operand of P.V.
-template <int DIM>
-__device__ void weigh(uint32_t (&weights)[kKeyTiles][2], Partial<DIM> &partial,
-                      float (&scores)[kKeyTiles][4], const uint32_t (&position)[2],
-                      uint32_t start, float scale_log2, uint32_t lane) {
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    float max = -INFINITY;
-#pragma unroll
-    for (int tile = 0; tile < kKeyTiles; tile++) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float &score = scores[tile][half * 2 + i];
-        const bool visible = start + tile * 8 + lane % 4 * 2 + i <= position[half];
-        score = visible ? __fmul_rn(score, scale_log2) : -INFINITY;
-        max = fmaxf(max, score);
-      }
-    }
-    max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
-    max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
-    const float shift = is_finite(max) ? max : 0;
-    float sum = 0;
-#pragma unroll
-    for (int tile = 0; tile < kKeyTiles; tile++) {
-      const float first = fb_exp2(__fsub_rn(scores[tile][half * 2], shift));
-      const float second = fb_exp2(__fsub_rn(scores[tile][half * 2 + 1], shift));
-      sum = __fadd_rn(sum, __fadd_rn(first, second));
-      weights[tile][half] = fb_pack_bf16(first, second);
-    }
-    sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 1));
-    sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 2));
-    partial.max[half] = max;
-    partial.sum[half] = sum;
-  }
-}
-
-// o = P.V, values in shared memory.
-template <int DIM>
-__device__ void mix(Partial<DIM> &partial, const uint32_t (&weights)[kKeyTiles][2],
-                    const char *values, uint32_t lane) {
-#pragma unroll
-  for (int tile = 0; tile < DIM / 8; tile++) {
-    float(&o)[4] = partial.o[tile];
-    o[0] = o[1] = o[2] = o[3] = 0;
-  }
-#pragma unroll
-  for (int step = 0; step < kBlock / 16; step++) {
-    const uint32_t a[4] = {weights[2 * step][0], weights[2 * step][1], weights[2 * step + 1][0],
-                           weights[2 * step + 1][1]};
-#pragma unroll
-    for (int pair = 0; pair < DIM / 16; pair++) {
-      uint32_t b[4];
-      const uint32_t position = step * 16 + lane % 16;
-      fb_ldmatrix_x4_trans(b, values + value_offset<DIM>(position, pair * 2 + lane / 16));
-      fb_mma_bf16(partial.o[2 * pair], a, b[0], b[1]);
-      fb_mma_bf16(partial.o[2 * pair + 1], a, b[2], b[3]);
     }
   }
 }
@@ -261,11 +130,7 @@ __device__ void merge_blocks(const fb_attention &p, const Tile &tile, const char
     if (!is_finite(max_sum.x)) {
       continue; // no number among its scores
     }
-    const float merged = fmaxf(max, max_sum.x);
-    const float before = fb_exp2(__fsub_rn(max, merged));
-    const float now = fb_exp2(__fsub_rn(max_sum.x, merged));
-    max = merged;
-    sum = __fmaf_rn(sum, before, __fmul_rn(max_sum.y, now));
+    const Merge merge = merge_block(max, sum, max_sum.x, max_sum.y);
 #pragma unroll
     for (int i = 0; i < DIM / 32; i++) {
       const float4 value =
@@ -273,11 +138,11 @@ __device__ void merge_blocks(const fb_attention &p, const Tile &tile, const char
       const float values[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        o[i * 4 + j] = __fmaf_rn(o[i * 4 + j], before, __fmul_rn(values[j], now));
+        o[i * 4 + j] = merge_value(o[i * 4 + j], values[j], merge);
       }
     }
   }
-  const float inverse = sum > 0 ? __frcp_rn(sum) : 0;
+  const float inverse = inverse_of(sum);
   const size_t head = (size_t)(tile.token + token) * p.heads + tile.head + row % tile.group;
   const size_t at = head * p.splits_max + split;
 #pragma unroll
@@ -298,12 +163,7 @@ template <int DIM> __device__ void attention(const fb_attention &p, char *shared
   }
   const fb_row row = p.rows[query_tile.row];
   const uint32_t kv_head = blockIdx.y;
-  Tile tile;
-  tile.group = p.heads / p.kv_heads;
-  tile.head = kv_head * tile.group;
-  tile.token = row.token_start + query_tile.token_start;
-  tile.tokens = min(max(kRows / tile.group, 1u), row.token_count - query_tile.token_start);
-  tile.position = row.position + query_tile.token_start;
+  const Tile tile = tile_of(p, row, query_tile.token_start, kv_head);
   const uint32_t last = tile.last();
   if (blockIdx.z * (kWarps * kBlock) > last) {
     return;
@@ -361,7 +221,7 @@ template <int DIM> __device__ void attention_merge(const fb_attention &p) {
         }
       }
     }
-    const float inverse = sum > 0 ? __frcp_rn(sum) : 0;
+    const float inverse = inverse_of(sum);
 #pragma unroll
     for (int j = 0; j < DIM / 32; j++) {
       p.y[at * DIM + j * 32 + lane] = fb_to_bf16(__fmul_rn(o[j], inverse));
