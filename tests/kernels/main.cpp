@@ -22,6 +22,7 @@ struct Group {
 const Group groups[] = {
     {"norm", test_norm_and_embedding},
     {"gemm", test_gemm},
+    {"attention", test_attention},
 };
 
 int test(bool subset, const char *only) {
