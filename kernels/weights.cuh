@@ -32,25 +32,19 @@ template <> struct Tile<FB_BF16> {
   __device__ __forceinline__ TileScales scales() const { return {}; }
 };
 
-// The f16 scales that a lane needs, read with the tile.
-struct ScalePair {
-  uint16_t low, high;
-  __device__ __forceinline__ void load(const fb_weight &w, size_t tile, uint32_t lane) {
-    const fb_f16 *from = w.scales + tile * FB_TILE_ROWS + lane / 4;
-    low = from[0];
-    high = from[8];
-  }
-};
+// Of two f16 in a register, the lower and the higher.
+__device__ __forceinline__ float low_f16(uint32_t two) { return fb_from_f16((uint16_t)two); }
+__device__ __forceinline__ float high_f16(uint32_t two) { return fb_from_f16((uint16_t)(two >> 16)); }
 
 template <> struct Tile<FB_Q8> {
   uint4 values;
-  ScalePair pair;
+  uint32_t d; // of both rows
   static constexpr int kAhead = 4;
   static constexpr bool kScaled = true, kShifted = false;
 
   __device__ __forceinline__ void load(const fb_weight &w, size_t tile, uint32_t lane) {
     values = fb_load_stream((const uint4 *)w.tiles + tile * 32 + lane);
-    pair.load(w, tile, lane);
+    d = ((const uint32_t *)w.scales)[tile * 8 + lane / 4];
   }
   __device__ __forceinline__ void step(int s, uint32_t (&a)[4]) const {
     const uint32_t words[2] = {s ? values.z : values.x, s ? values.w : values.y};
@@ -64,7 +58,7 @@ template <> struct Tile<FB_Q8> {
     }
   }
   __device__ __forceinline__ TileScales scales() const {
-    return {{fb_from_f16(pair.low), fb_from_f16(pair.high)}, {0, 0}};
+    return {{low_f16(d), high_f16(d)}, {0, 0}};
   }
 };
 
@@ -75,13 +69,13 @@ __device__ __forceinline__ uint32_t nibbles(uint32_t word, int i, uint32_t minus
 
 template <> struct Tile<FB_Q4> {
   uint2 values;
-  ScalePair pair;
+  uint32_t d; // of both rows
   static constexpr int kAhead = 8;
   static constexpr bool kScaled = true, kShifted = false;
 
   __device__ __forceinline__ void load(const fb_weight &w, size_t tile, uint32_t lane) {
     values = fb_load_stream8((const uint2 *)w.tiles + tile * 32 + lane);
-    pair.load(w, tile, lane);
+    d = ((const uint32_t *)w.scales)[tile * 8 + lane / 4];
   }
   __device__ __forceinline__ void step(int s, uint32_t (&a)[4]) const {
 #pragma unroll
@@ -90,21 +84,19 @@ template <> struct Tile<FB_Q4> {
     }
   }
   __device__ __forceinline__ TileScales scales() const {
-    return {{fb_from_f16(pair.low), fb_from_f16(pair.high)}, {0, 0}};
+    return {{low_f16(d), high_f16(d)}, {0, 0}};
   }
 };
 
 template <> struct Tile<FB_Q4M> {
   uint2 values;
-  uint32_t low, high; // d and m of each row
-  static constexpr int kAhead = 6; // 8 spill beside 32 tokens
+  uint2 dm; // d of both rows, m of both
+  static constexpr int kAhead = 4; // more spill beside 32 tokens
   static constexpr bool kScaled = true, kShifted = true;
 
   __device__ __forceinline__ void load(const fb_weight &w, size_t tile, uint32_t lane) {
     values = fb_load_stream8((const uint2 *)w.tiles + tile * 32 + lane);
-    const uint32_t *from = (const uint32_t *)w.scales + tile * FB_TILE_ROWS + lane / 4;
-    low = from[0];
-    high = from[8];
+    dm = ((const uint2 *)w.scales)[tile * 8 + lane / 4];
   }
   __device__ __forceinline__ void step(int s, uint32_t (&a)[4]) const {
 #pragma unroll
@@ -113,7 +105,6 @@ template <> struct Tile<FB_Q4M> {
     }
   }
   __device__ __forceinline__ TileScales scales() const {
-    return {{fb_from_f16((uint16_t)low), fb_from_f16((uint16_t)high)},
-            {fb_from_f16((uint16_t)(low >> 16)), fb_from_f16((uint16_t)(high >> 16))}};
+    return {{low_f16(dm.x), high_f16(dm.x)}, {low_f16(dm.y), high_f16(dm.y)}};
   }
 };
