@@ -234,10 +234,10 @@ template <int DIM> __device__ void attention_merge(const fb_attention &p) {
 #define FOREBAY_ATTENTION(DIM)                                                                     \
   extern "C" __global__ void __launch_bounds__(kWarps * 32, 3)                                     \
       forebay_attention_##DIM(const __grid_constant__ fb_attention p) {                            \
-    extern __shared__ __align__(16) char shared[];                                                 \
-    attention<DIM>(p, shared);                                                                     \
+    FB_DYNAMIC_SHARED(shared);                                                                     \
+    attention<DIM>(p, (char *)shared);                                                             \
   }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(1024, 1)                                             \
+  extern "C" __global__ void __launch_bounds__(1024, 1)                                            \
       forebay_attention_merge_##DIM(const __grid_constant__ fb_attention p) {                      \
     attention_merge<DIM>(p);                                                                       \
   }
