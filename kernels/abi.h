@@ -189,8 +189,14 @@ typedef struct fb_gemm {
 // A query tile: 16 rows = consecutive tokens of one row x the query heads of one kv head, token
 // major; tokens of a tile = max(1, 16 / group). A CTA of 4 warps has one tile and one split: warp w
 // has block w of the split.
-// Grid (query tiles, kv_heads, splits_max), 128 threads; a CTA whose split begins beyond its tile's
-// last position ends at once.
+// heads / kv_heads is at most 16.
+// Grid (query tiles, kv_heads, z), 128 threads, FB_ATTENTION_SHARED_BYTES; a CTA takes splits
+// blockIdx.z, + z and so on, and ends at once where they begin beyond its tile's last position. So
+// any z is right for any context, as a captured graph needs; splits of the longest one are fastest.
+// forebay_attention_prefill_<head_dim>: the same bits, for rows of many tokens. Grid (query tiles /
+// 4, kv_heads, z): a CTA has four query tiles, all of one row, FB_NONE at the end where a row has
+// no more; warp w has tile w and goes through the split's blocks, which all four share.
+#define FB_ATTENTION_SHARED_BYTES(head_dim) (512 * (head_dim))
 typedef struct fb_query_tile {
   uint32_t row;         // index into rows, FB_NONE: padding
   uint32_t token_start; // first token, counted within the row

@@ -237,7 +237,7 @@ template <int DIM> __device__ void attention_merge(const fb_attention &p) {
     FB_DYNAMIC_SHARED(shared);                                                                     \
     attention<DIM>(p, (char *)shared);                                                             \
   }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(1024, 1)                                             \
+  extern "C" __global__ void __launch_bounds__(1024, 1)                                            \
       forebay_attention_merge_##DIM(const __grid_constant__ fb_attention p) {                      \
     attention_merge<DIM>(p);                                                                       \
   }
