@@ -30,14 +30,33 @@ public:
     }
   }
 
-  // Runs parts as one step and checks it against f64 and against earlier runs' bits.
+  // Runs parts as one step, by both kernels, and checks them.
   void check_step(const std::vector<Part> &parts, const std::string &what, uint32_t grid_z = 0) {
-    const std::string full = name_ + ": " + what;
+    check_step_by(false, parts, name_ + ": " + what, grid_z);
+    check_step_by(true, parts, name_ + ": " + what + ", by the prefill kernel", grid_z);
+  }
+
+private:
+  struct Step {
+    explicit Step(const std::vector<Part> &parts) : parts(parts) {}
+    std::vector<Part> parts;
+    std::vector<fb_row> rows;
+    std::vector<uint32_t> blocks, positions;
+    std::vector<fb_query_tile> tiles;
+    std::vector<fb_bf16> q, kv;
+    uint32_t splits = 1;
+    bool is_prefill = false;
+  };
+
+  // Against f64, and against earlier runs' bits.
+  void check_step_by(bool is_prefill, const std::vector<Part> &parts, const std::string &full,
+                     uint32_t grid_z) {
     if (!has_kernel()) {
       check(false, "there is a kernel for " + name_);
       return;
     }
     Step step(parts);
+    step.is_prefill = is_prefill;
     lay_out(step);
     const std::vector<fb_bf16> y = run(step, grid_z, full);
     const size_t width = (size_t)heads_.heads * heads_.dim;
@@ -58,17 +77,6 @@ public:
     check_close(widened({y.begin(), y.begin() + at}), want, 5e-3, full);
     check(is_untouched(&y[at], y.size() - at), full + ": wrote a padded token");
   }
-
-private:
-  struct Step {
-    explicit Step(const std::vector<Part> &parts) : parts(parts) {}
-    std::vector<Part> parts;
-    std::vector<fb_row> rows;
-    std::vector<uint32_t> blocks, positions;
-    std::vector<fb_query_tile> tiles;
-    std::vector<fb_bf16> q, kv;
-    uint32_t splits = 1;
-  };
 
   bool has_kernel() {
     const std::string kernel = "forebay_attention_" + std::to_string(heads_.dim);
@@ -114,10 +122,13 @@ private:
       for (uint32_t first = 0; first < part.count; first += each) {
         step.tiles.push_back({(uint32_t)step.rows.size() - 1, first});
       }
+      while (step.is_prefill && step.tiles.size() % 4 != 0) {
+        step.tiles.push_back({FB_NONE, 0});
+      }
       step.splits = std::max(step.splits, (end + 255) / 256);
       token += part.count;
     }
-    step.tiles.push_back({FB_NONE, 0});
+    step.tiles.insert(step.tiles.end(), 4, {FB_NONE, 0});
   }
 
   std::vector<fb_bf16> run(const Step &step, uint32_t grid_z, const std::string &what) {
@@ -146,7 +157,12 @@ private:
     p.kv_heads = heads_.kv_heads;
     p.splits_max = splits;
     p.scale_log2 = (float)(1.4426950408889634 / sqrt(heads_.dim));
-    launch_attention(p, heads_.dim, (uint32_t)step.tiles.size(), grid_z == 0 ? splits : grid_z);
+    const uint32_t z = grid_z == 0 ? splits : grid_z;
+    if (step.is_prefill) {
+      launch_attention_prefill(p, heads_.dim, (uint32_t)step.tiles.size(), z);
+    } else {
+      launch_attention(p, heads_.dim, (uint32_t)step.tiles.size(), z);
+    }
     launch_attention_merge(p, heads_.dim, padded);
     const std::vector<float> ml = partial_ml.values();
     bool clean = true;
