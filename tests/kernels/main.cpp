@@ -23,6 +23,8 @@ const Group groups[] = {
     {"norm", test_norm_and_embedding},
     {"gemm", test_gemm},
     {"attention", test_attention},
+    {"sampling", test_sampling},
+    {"copies", test_copies},
 };
 
 int test(bool subset, const char *only) {
