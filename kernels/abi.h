@@ -123,24 +123,34 @@ typedef struct fb_rmsnorm {
 // forebay_gemm_<type>_<epilogue>_<n>: C[token][row] = sum over k of W[row][k] X[token][k], and what
 // the epilogue makes of it.  type: bf16 q8 q4 q4m.  epilogue: store residual qkv swiglu.
 // n: tokens of a CTA's tile, 8 16 32 64.
-// Grid (N/16 / (FB_GEMM_WARPS / ksplit), ceil(T/n)), 32 x FB_GEMM_WARPS threads. ksplit warps share
-// a row tile, each summing its own contiguous part of K; parts are added in order. ksplit (1, 2, 4
-// or 8) is fixed by the weight's shape, see fb_ksplit.
+// Grid (fb_gemm_grid_x, ceil(T/n)), 32 x FB_GEMM_WARPS threads, fb_gemm_shared_bytes. K is cut into
+// ksplit (1, 2, 4 or 8) contiguous parts, fixed by the weight's shape (fb_ksplit); each is summed on
+// its own and the parts are added in order. Either ksplit warps share a row tile, a part each, or,
+// `in_turn`, one warp goes through all parts: the same operations in the same order, so the same
+// bits. The first fills a GPU with few tokens, the second reads less of X where there are many; a
+// launch in turn passes 1 for ksplit to the two functions of its geometry.
 #define FB_GEMM_WARPS 8
 
-// Warps that share a row tile of a weight [n][k]: as many as give 132 SMs two CTAs each, as long as
-// each warp keeps at least 4 tiles of K. Depends on shape alone (batch invariance).
+// Parts of K of a weight [n][k]: enough that 132 SMs have about 8 warps each, as more would read X
+// once more for nothing; each part has at least 4 tiles of K. Depends on shape alone (batch
+// invariance).
 static inline uint32_t fb_ksplit(uint32_t n, uint32_t k) {
   uint32_t split = 1;
-  while (split < FB_GEMM_WARPS && (n / FB_TILE_ROWS) * split < 2 * 132 * FB_GEMM_WARPS &&
+  while (split < FB_GEMM_WARPS && (n / FB_TILE_ROWS) * split < 128 * FB_GEMM_WARPS &&
          k / FB_TILE_COLS / (split * 2) >= 4) {
     split *= 2;
   }
   return split;
 }
 
+// Whether a launch for T tokens in tiles of n should take parts in turn: when there is a CTA for
+// every SM even so.
+static inline uint32_t fb_gemm_in_turn(uint32_t rows, uint32_t tokens, uint32_t n) {
+  return rows / FB_TILE_ROWS / FB_GEMM_WARPS * ((tokens + n - 1) / n) >= 132;
+}
+
 // Columns of X that a CTA has in a stage of its ring, for each part of K; and the stages.
-static inline uint32_t fb_gemm_chunk(uint32_t n) { return n == 64 ? 32 : 64; }
+#define FB_GEMM_CHUNK(n) ((n) <= 16 ? 128 : 64)
 #define FB_GEMM_STAGES 3
 // Floats between two tokens of a warp's part of the result in shared memory: 16 rows, and 4 so that
 // a warp's stores meet no bank twice.
@@ -151,11 +161,12 @@ static inline uint32_t fb_gemm_grid_x(uint32_t rows, uint32_t ksplit) {
   return (tiles + each - 1) / each;
 }
 
-// Dynamic shared memory: the ring of X, then, in the same place, the parts of the result.
+// Dynamic shared memory: the ring of X and the parts of the result, in the same place unless a warp
+// adds to the result as it goes.
 static inline uint32_t fb_gemm_shared_bytes(uint32_t n, uint32_t ksplit) {
-  const uint32_t ring = FB_GEMM_STAGES * ksplit * n * fb_gemm_chunk(n) * 2;
+  const uint32_t ring = FB_GEMM_STAGES * ksplit * n * FB_GEMM_CHUNK(n) * 2;
   const uint32_t parts = FB_GEMM_WARPS * n * FB_GEMM_PITCH * 4;
-  return ring > parts ? ring : parts;
+  return ksplit == 1 ? ring + parts : ring > parts ? ring : parts;
 }
 
 typedef struct fb_gemm {
@@ -163,7 +174,7 @@ typedef struct fb_gemm {
   const fb_bf16 *x;      // [T][K]
   const uint32_t *count; // tokens that are real (a field of fb_step)
   uint32_t ksplit;
-  uint32_t reserved;
+  uint32_t in_turn; // 1: a warp goes through its row tile's parts of K, 0: ksplit warps have one each
   // store: y32[T][N] = C (the logits).   residual: y32[T][N] += C.
   float *y32;
   // swiglu (paired rows): y16[T][N/2] = bf16(silu(gate) x up).   qkv: the queries, [T][heads][head_dim].

@@ -5,40 +5,42 @@
 
 namespace {
 
-// Two neighbouring values of a row, columns 2 pair and 2 pair + 1.
-template <int TYPE>
-__device__ float2 row_pair(const fb_weight &w, uint32_t row, uint32_t pair) {
-  const uint32_t column = pair * 2, in_step = column % 16;
-  const size_t tile =
-      (size_t)(row / FB_TILE_ROWS) * (w.columns / FB_TILE_COLS) + column / FB_TILE_COLS;
-  const uint32_t lane = row % 8 * 4 + in_step % 8 / 2;
-  // The register of the step: rows from 8 on are odd ones, columns from 8 on the later two.
-  const uint32_t i = in_step / 8 * 2 + row % 16 / 8;
-  Tile<TYPE> values;
-  values.load(w, tile, lane);
-  uint32_t a[4];
-  column % 32 < 16 ? values.step(0, a) : values.step(1, a);
-  const uint32_t two = i == 0 ? a[0] : i == 1 ? a[1] : i == 2 ? a[2] : a[3];
-  float2 x = make_float2(fb_from_bf16(two & 0xffff), fb_from_bf16(two >> 16));
-  if (Tile<TYPE>::kScaled) {
-    const TileScales scales = values.scales();
-    const float d = i % 2 ? scales.d[1] : scales.d[0], m = i % 2 ? scales.m[1] : scales.m[0];
-    x = make_float2(__fmaf_rn(x.x, d, m), __fmaf_rn(x.y, d, m));
-  }
-  return x;
-}
+constexpr uint32_t kThreads = 128;
 
+// A row in the tiles' layout: of a tile, four lanes have 8 values each of any row.
 template <int TYPE> __device__ void embed(const fb_embed &p, uint32_t token, uint32_t row) {
-  float2 *x = (float2 *)(p.x + (size_t)token * p.table.columns);
-  for (uint32_t pair = threadIdx.x; pair < p.table.columns / 2; pair += blockDim.x) {
-    x[pair] = row_pair<TYPE>(p.table, row, pair);
+  const uint32_t tiles = p.table.columns / FB_TILE_COLS;
+  const uint32_t is_high = row % FB_TILE_ROWS / 8; // rows from 8 on are in the odd registers
+  float *x = p.x + (size_t)token * p.table.columns;
+#pragma unroll 4
+  for (uint32_t at = threadIdx.x; at < tiles * 4; at += kThreads) {
+    const uint32_t tile = at / 4, t = at % 4;
+    Tile<TYPE> values;
+    values.template load<0>(
+        Tiles<TYPE>(p.table, (size_t)(row / FB_TILE_ROWS) * tiles + tile, row % 8 * 4 + t));
+    const TileScales scales = values.scales();
+    const float d = is_high ? scales.d[1] : scales.d[0], m = is_high ? scales.m[1] : scales.m[0];
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+      uint32_t a[4];
+      values.step(step, a);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const uint32_t two = is_high ? a[half * 2 + 1] : a[half * 2];
+        float2 pair = make_float2(fb_from_bf16(two & 0xffff), fb_from_bf16(two >> 16));
+        if (Tile<TYPE>::kScaled) {
+          pair = make_float2(__fmaf_rn(pair.x, d, m), __fmaf_rn(pair.y, d, m));
+        }
+        *(float2 *)(x + tile * FB_TILE_COLS + step * 16 + half * 8 + t * 2) = pair;
+      }
+    }
   }
 }
 
 } // namespace
 
 // A token a block.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(kThreads)
     forebay_embed(const __grid_constant__ fb_embed p) {
   const uint32_t token = blockIdx.x;
   if (token >= p.step->tokens) {

@@ -4,7 +4,8 @@
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr uint32_t kThreads = 256;
+constexpr uint32_t kKept = 4; // float4 of a row that a thread keeps
 
 // The sum over a block, the same for every thread: lanes, then warps, in a fixed tree.
 __device__ float block_sum(float x) {
@@ -16,15 +17,30 @@ __device__ float block_sum(float x) {
   __syncthreads();
   float sum = warps[0];
 #pragma unroll
-  for (int warp = 1; warp < kThreads / 32; warp++) {
+  for (uint32_t warp = 1; warp < kThreads / 32; warp++) {
     sum = __fadd_rn(sum, warps[warp]);
   }
   return sum;
 }
 
+__device__ __forceinline__ float add_squares(float4 v, float sum) {
+  sum = __fmaf_rn(v.x, v.x, sum);
+  sum = __fmaf_rn(v.y, v.y, sum);
+  sum = __fmaf_rn(v.z, v.z, sum);
+  return __fmaf_rn(v.w, v.w, sum);
+}
+
+__device__ __forceinline__ uint2 scaled(float4 v, float scale, float4 w) {
+  return make_uint2(fb_pack_bf16(__fmul_rn(__fmul_rn(v.x, scale), w.x),
+                                 __fmul_rn(__fmul_rn(v.y, scale), w.y)),
+                    fb_pack_bf16(__fmul_rn(__fmul_rn(v.z, scale), w.z),
+                                 __fmul_rn(__fmul_rn(v.w, scale), w.w)));
+}
+
 } // namespace
 
-// A row a block. It is read twice, the second time from L1.
+// A row a block. Columns up to kKept x 1024 stay in registers from the first reading to the second;
+// weights are read before the sum is known, as a step waits for this kernel twice a layer.
 extern "C" __global__ void __launch_bounds__(kThreads)
     forebay_rmsnorm(const __grid_constant__ fb_rmsnorm p) {
   const uint32_t row = blockIdx.x;
@@ -35,22 +51,33 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const float4 *x = (const float4 *)(p.x + (size_t)from * p.columns);
   const float4 *weight = (const float4 *)p.weight;
   const uint32_t fours = p.columns / 4;
+  float4 values[kKept], weights[kKept];
+#pragma unroll
+  for (uint32_t i = 0; i < kKept; i++) {
+    const uint32_t at = threadIdx.x + i * kThreads;
+    const bool is_there = at < fours;
+    values[i] = is_there ? x[at] : make_float4(0, 0, 0, 0);
+    weights[i] = is_there ? weight[at] : make_float4(0, 0, 0, 0);
+  }
   float sum = 0;
-  for (uint32_t at = threadIdx.x; at < fours; at += kThreads) {
-    const float4 v = x[at];
-    sum = __fmaf_rn(v.x, v.x, sum);
-    sum = __fmaf_rn(v.y, v.y, sum);
-    sum = __fmaf_rn(v.z, v.z, sum);
-    sum = __fmaf_rn(v.w, v.w, sum);
+#pragma unroll
+  for (uint32_t i = 0; i < kKept; i++) {
+    sum = add_squares(values[i], sum);
+  }
+  for (uint32_t at = threadIdx.x + kKept * kThreads; at < fours; at += kThreads) {
+    sum = add_squares(x[at], sum);
   }
   const float mean = __fdiv_rn(block_sum(sum), (float)p.columns);
   const float scale = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, p.eps)));
   uint2 *y = (uint2 *)(p.y + (size_t)row * p.columns);
-  for (uint32_t at = threadIdx.x; at < fours; at += kThreads) {
-    const float4 v = x[at], w = weight[at];
-    y[at] = make_uint2(fb_pack_bf16(__fmul_rn(__fmul_rn(v.x, scale), w.x),
-                                    __fmul_rn(__fmul_rn(v.y, scale), w.y)),
-                       fb_pack_bf16(__fmul_rn(__fmul_rn(v.z, scale), w.z),
-                                    __fmul_rn(__fmul_rn(v.w, scale), w.w)));
+#pragma unroll
+  for (uint32_t i = 0; i < kKept; i++) {
+    const uint32_t at = threadIdx.x + i * kThreads;
+    if (at < fours) {
+      y[at] = scaled(values[i], scale, weights[i]);
+    }
+  }
+  for (uint32_t at = threadIdx.x + kKept * kThreads; at < fours; at += kThreads) {
+    y[at] = scaled(x[at], scale, weight[at]);
   }
 }
