@@ -127,8 +127,9 @@ typedef struct fb_rmsnorm {
 // ksplit (1, 2, 4 or 8) contiguous parts, fixed by the weight's shape (fb_ksplit); each is summed on
 // its own and the parts are added in order. Either ksplit warps share a row tile, a part each, or,
 // `in_turn`, one warp goes through all parts: the same operations in the same order, so the same
-// bits. The first fills a GPU with few tokens, the second reads less of X where there are many; a
-// launch in turn passes 1 for ksplit to the two functions of its geometry.
+// bits. The first fills a GPU with few tokens, the second reads less of X where there are many. A
+// launch in turn passes 1 for ksplit to the two functions of its geometry; kernels for fewer tokens
+// than FB_GEMM_IN_TURN cannot do it.
 #define FB_GEMM_WARPS 8
 
 // Parts of K of a weight [n][k]: enough that 132 SMs have about 8 warps each, as more would read X
@@ -143,14 +144,17 @@ static inline uint32_t fb_ksplit(uint32_t n, uint32_t k) {
   return split;
 }
 
+#define FB_GEMM_IN_TURN 64
 // Whether a launch for T tokens in tiles of n should take parts in turn: when there is a CTA for
 // every SM even so.
 static inline uint32_t fb_gemm_in_turn(uint32_t rows, uint32_t tokens, uint32_t n) {
-  return rows / FB_TILE_ROWS / FB_GEMM_WARPS * ((tokens + n - 1) / n) >= 132;
+  return n >= FB_GEMM_IN_TURN &&
+         rows / FB_TILE_ROWS / FB_GEMM_WARPS * ((tokens + n - 1) / n) >= 132;
 }
 
-// Columns of X that a CTA has in a stage of its ring, for each part of K; and the stages.
-#define FB_GEMM_CHUNK(n) ((n) <= 16 ? 128 : 64)
+// Columns of X that a CTA has in a stage of its ring, for each part of K; and the stages. So many
+// that all kernels do with 96 KiB of shared memory, which all devices since sm_80 have.
+#define FB_GEMM_CHUNK(n) ((n) <= 16 ? 128 : (n) <= 32 ? 64 : 32)
 #define FB_GEMM_STAGES 3
 // Floats between two tokens of a warp's part of the result in shared memory: 16 rows, and 4 so that
 // a warp's stores meet no bank twice.

@@ -21,7 +21,7 @@ template <int TYPE, int N>
 constexpr uint32_t kTilesAhead = TYPE == FB_BF16  ? (N <= 16 ? 8 : 4)
                                  : TYPE == FB_Q8  ? (N <= 16 ? 8 : 4)
                                  : TYPE == FB_Q4  ? (N <= 16 ? 16 : 8)
-                                                  : (N <= 16 ? 12 : N == 32 ? 6 : 4);
+                                                  : (N <= 16 ? 12 : 4);
 
 template <uint32_t AT> struct Constant {
   __device__ constexpr operator uint32_t() const { return AT; }
@@ -70,33 +70,64 @@ struct Work {
 
 // Which tile of rows and tokens a block has. Blocks that run at the same time share rows, so that
 // many tokens read the weights from memory once: 16 tiles of tokens go with each tile of rows.
-template <int N> __device__ __forceinline__ bool find_work(const fb_gemm &p, Work &work) {
+template <int N> __device__ __forceinline__ Work find_work(const fb_gemm &p) {
   const uint32_t linear = blockIdx.y * gridDim.x + blockIdx.x, group = linear / (16 * gridDim.x);
   const uint32_t within = linear % (16 * gridDim.x), width = min(16u, gridDim.y - group * 16);
-  const uint32_t count = *p.count, warp = threadIdx.x / 32;
+  const uint32_t warp = threadIdx.x / 32;
+  Work work;
   work.token = (group * 16 + within % width) * N;
-  if (work.token >= count) {
-    return false;
-  }
-  work.tokens = min(count - work.token, (uint32_t)N);
+  work.tokens = 0;
   work.tiles = p.weight.columns / FB_TILE_COLS;
   work.each = (work.tiles + p.ksplit - 1) / p.ksplit;
-  work.shares = p.in_turn ? 1 : p.ksplit;
-  work.parts = p.in_turn ? p.ksplit : 1;
+  const bool in_turn = N >= FB_GEMM_IN_TURN && p.in_turn;
+  work.shares = in_turn ? 1 : p.ksplit;
+  work.parts = in_turn ? p.ksplit : 1;
   work.chunks = work.parts * ((work.each + Ring<N>::kTiles - 1) / Ring<N>::kTiles);
   const uint32_t shift = 31 - __clz(work.shares); // a power of 2
   work.row_tiles = FB_GEMM_WARPS >> shift;
   work.first_tile = within / width * work.row_tiles;
   work.row_tile = work.first_tile + (warp >> shift);
   work.part = warp & (work.shares - 1);
-  return true;
+  return work;
 }
+
+// A warp's weights, on their way from memory.
+template <int TYPE, int N> struct Stream {
+  static constexpr uint32_t kAhead = kTilesAhead<TYPE, N>;
+
+  Tile<TYPE> tiles[kAhead];
+  Tiles<TYPE> from;
+  uint32_t count;  // tiles of the part
+  uint32_t loaded; // and those that are loaded before the next part begins
+
+  __device__ __forceinline__ Stream(const fb_gemm &p, const Work &work)
+      : from(p.weight, 0, 0), count(0), loaded(0) {
+    begin_part(p, work, 0);
+  }
+  __device__ __forceinline__ void begin_part(const fb_gemm &p, const Work &work, uint32_t turn) {
+    const uint32_t begin = min((work.part + turn) * work.each, work.tiles);
+    const bool has_rows = work.row_tile * FB_TILE_ROWS < p.weight.rows;
+    // They are loaded on into the next part where its tiles fall to the same registers.
+    const bool runs_on = work.each % kAhead == 0 && work.parts > 1;
+    count = has_rows ? min(work.each, work.tiles - begin) : 0;
+    loaded = has_rows && runs_on ? work.tiles - begin : count;
+    from = Tiles<TYPE>(p.weight, (size_t)work.row_tile * work.tiles + begin, threadIdx.x % 32);
+    if (turn == 0 || !runs_on) {
+      unrolled<0, kAhead>([&](auto slot) {
+        if (slot < loaded) {
+          tiles[slot].template load<slot>(from);
+        }
+        return true;
+      });
+    }
+  }
+};
 
 // Fills the ring, chunk after chunk; a thread's pieces of each. Columns past the end of K and tokens
 // past the last are zeros.
 template <int N> class Feed {
 public:
-  __device__ __forceinline__ Feed(const fb_gemm &p, const Work &work, fb_shared ring)
+  __device__ __forceinline__ Feed(const fb_gemm &p, const Work &work)
       : each_(work.each), within_(0), chunks_left_(work.chunks) {
     const uint32_t piece = threadIdx.x % R::kPieces, columns = p.weight.columns;
     const uint32_t token = threadIdx.x / R::kPieces % R::kTokensAtOnce;
@@ -112,21 +143,17 @@ public:
       fb_keep(limit_[turn]);
       fb_keep(from_[turn]);
     }
-    to_ = ring + part * R::kPartBytes + R::offset(token, piece);
-    stage_bytes_ = work.shares * R::kPartBytes;
-    end_ = to_ + FB_GEMM_STAGES * stage_bytes_;
+    to_ = part * R::kPartBytes + R::offset(token, piece);
     fb_keep(copies_);
     fb_keep(column_);
     fb_keep(to_);
-    fb_keep(end_);
-    fb_keep(stage_bytes_);
   }
 
-  // Starts copying the next chunk, if there is one, to the next stage.
-  __device__ __forceinline__ void next() {
+  // Starts copying the next chunk, if there is one, to a stage.
+  __device__ __forceinline__ void next(fb_shared stage) {
     if (chunks_left_ > 0) {
       uint32_t column = column_;
-      fb_shared to = to_;
+      fb_shared to = stage + to_;
 #pragma unroll 1
       for (uint32_t left = copies_; left > 0; left--) {
 #pragma unroll
@@ -139,8 +166,6 @@ public:
         to += R::kPartsAtOnce * R::kPartBytes;
       }
       chunks_left_ -= 1;
-      to_ += stage_bytes_;
-      to_ -= to_ == end_ ? FB_GEMM_STAGES * stage_bytes_ : 0;
       within_ += R::kTiles;
       column_ += R::kColumns;
       if (within_ >= each_) { // on to the next part
@@ -156,9 +181,8 @@ private:
   static constexpr uint32_t kTurns = N / R::kTokensAtOnce;
 
   const fb_bf16 *from_[kTurns];
-  fb_shared to_, end_;
   uint32_t limit_[kTurns];
-  uint32_t column_, copies_, each_, within_, stage_bytes_, chunks_left_;
+  uint32_t to_, column_, copies_, each_, within_, chunks_left_;
 };
 
 // Adds a tile of weights times its columns of activations, at `x`, to the sums.
@@ -213,12 +237,13 @@ __device__ __forceinline__ void put_part(float *to, const float (&sums)[N / 8][4
 
 // Sums the warp's parts of its 16 rows.
 template <int TYPE, int N>
-__device__ __forceinline__ void accumulate(const fb_gemm &p, const Work &work, float *sums_at,
+__device__ __forceinline__ void accumulate(const fb_gemm &p, const Work &work,
+                                           Stream<TYPE, N> &stream, float *sums_at,
                                            fb_shared ring) {
-  constexpr uint32_t kAhead = kTilesAhead<TYPE, N>, kTiles = Ring<N>::kTiles;
+  constexpr uint32_t kAhead = Stream<TYPE, N>::kAhead, kTiles = Ring<N>::kTiles;
   static_assert(kAhead % kTiles == 0, "a tile of a chunk has its registers");
   const uint32_t lane = threadIdx.x % 32;
-  const uint32_t chunks = (work.each + kTiles - 1) / kTiles;
+  const uint32_t chunked = (work.each + kTiles - 1) / kTiles * kTiles; // tiles of a part's chunks
   uint32_t stage_bytes = work.shares * Ring<N>::kPartBytes;
   // Where the lane's row of a matrix is in a stage. Its piece of another tile is found by flipping
   // bits, as pieces are turned round by that, too.
@@ -228,60 +253,47 @@ __device__ __forceinline__ void accumulate(const fb_gemm &p, const Work &work, f
   fb_keep(stage_bytes);
   fb_keep(x_at);
   fb_keep(last_stage);
-  Feed<N> feed(p, work, ring);
+  Feed<N> feed(p, work);
 #pragma unroll
   for (uint32_t chunk = 0; chunk < FB_GEMM_STAGES - 1; chunk++) {
-    feed.next();
+    feed.next(ring + chunk * stage_bytes);
   }
-  // Weights are loaded on into the next part where its tiles fall to the same registers.
-  const bool runs_on = work.each % kAhead == 0;
-  Tile<TYPE> ahead_tiles[kAhead];
-  for (uint32_t turn = 0; turn < work.parts; turn++) {
-    const uint32_t begin = min((work.part + turn) * work.each, work.tiles);
-    const uint32_t end = min(begin + work.each, work.tiles);
-    const bool has_rows = work.row_tile * FB_TILE_ROWS < p.weight.rows;
-    const uint32_t count = has_rows ? end - begin : 0;
-    const uint32_t loaded = !has_rows ? 0 : runs_on && work.parts > 1 ? work.tiles - begin : count;
-    Tiles<TYPE> from(p.weight, (size_t)work.row_tile * work.tiles + begin, lane);
-    if (turn == 0 || !runs_on) {
-      unrolled<0, kAhead>([&](auto slot) {
-        if (slot < loaded) {
-          ahead_tiles[slot].template load<slot>(from);
-        }
-        return true;
-      });
+  for (uint32_t turn = 0; turn < (N >= FB_GEMM_IN_TURN ? work.parts : 1); turn++) {
+    if (turn > 0) {
+      stream.begin_part(p, work, turn);
     }
     float sums[N / 8][4] = {};
-    for (uint32_t base = 0; base < chunks * kTiles; base += kAhead) {
-      from.advance(kAhead);
+    for (uint32_t base = 0; base < chunked; base += kAhead) {
+      stream.from.advance(kAhead);
       unrolled<0, kAhead>([&](auto slot) {
         const uint32_t at = base + slot;
         if (slot % kTiles == 0) {
-          if (slot > 0 && at >= chunks * kTiles) {
+          if (slot > 0 && at >= chunked) {
             return false;
           }
           fb_cp_async_wait<FB_GEMM_STAGES - 2>();
-          // This chunk is there for all, and all are done with the one before, whose stage is next.
+          // This chunk is there for all, and all are done with the one before, whose stage is free.
           __syncthreads();
-          feed.next();
+          feed.next(stage);
           stage = stage == last_stage ? stage - (FB_GEMM_STAGES - 1) * stage_bytes
                                       : stage + stage_bytes;
         }
-        if (at < count) {
+        if (at < stream.count) {
+          Tile<TYPE> &tile = stream.tiles[slot];
           uint32_t a[2][4];
-          ahead_tiles[slot].step(0, a[0]);
-          ahead_tiles[slot].step(1, a[1]);
-          const TileScales scales = ahead_tiles[slot].scales();
-          const bool is_more = at + kAhead < loaded;
+          tile.step(0, a[0]);
+          tile.step(1, a[1]);
+          const TileScales scales = tile.scales();
+          const bool is_more = at + kAhead < stream.loaded;
           // What is loaded must go to the registers where it is wanted a turn later: to move it there
           // would be to wait for it. So it is loaded when they are free, which those of packed types
           // are as soon as they are unpacked.
           if (Tile<TYPE>::kScaled && is_more) {
-            ahead_tiles[slot].template load<slot>(from);
+            tile.template load<slot>(stream.from);
           }
           multiply<TYPE, N>(sums, a, scales, stage + (x_at ^ slot % kTiles * 64));
           if (!Tile<TYPE>::kScaled && is_more) {
-            ahead_tiles[slot].template load<slot>(from);
+            tile.template load<slot>(stream.from);
           }
         }
         return true;
@@ -348,14 +360,19 @@ __device__ __forceinline__ float total(const float *parts, uint32_t tile, uint32
 
 template <int TYPE, int EPILOGUE, int N> __device__ __forceinline__ void gemm(const fb_gemm &p) {
   FB_DYNAMIC_SHARED(shared);
-  Work work;
-  if (!find_work<N>(p, work)) {
+  const uint32_t count = *p.count;
+  Work work = find_work<N>(p);
+  // Weights are on their way before anything is known of the step.
+  Stream<TYPE, N> stream(p, work);
+  if (work.token >= count) {
     return;
   }
+  work.tokens = min(count - work.token, (uint32_t)N);
   // The results of several warps' parts take the ring's place; one warp adds to them as it goes.
   const uint32_t parts_at = work.shares > 1 ? 0 : FB_GEMM_STAGES * Ring<N>::kPartBytes;
   float *parts = (float *)(shared + parts_at); // [warp][token][FB_GEMM_PITCH]
-  accumulate<TYPE, N>(p, work, parts + threadIdx.x / 32 * N * FB_GEMM_PITCH, fb_shared_at(shared));
+  accumulate<TYPE, N>(p, work, stream, parts + threadIdx.x / 32 * N * FB_GEMM_PITCH,
+                      fb_shared_at(shared));
 
   constexpr bool kPaired = EPILOGUE == QKV || EPILOGUE == SWIGLU;
   constexpr uint32_t kRows = kPaired ? FB_TILE_ROWS / 2 : FB_TILE_ROWS; // or pairs, of a tile
