@@ -5,6 +5,8 @@
 //! likes.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod pump;
 pub mod task;
 
