@@ -167,6 +167,7 @@ fn bind_abi(folder: &Path, out: &Path) -> Result<(), String> {
             .constified_enum("fb_weight_type")
             .prepend_enum_name(false)
             .derive_default(true)
+            .derive_partialeq(true)
             .layout_tests(true)
             .generate()
             .map_err(|error| format!("kernels/abi.h: {error}"))
