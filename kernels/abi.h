@@ -46,8 +46,9 @@ typedef uint16_t fb_f16;
 //   FB_BF16: 2 x 16 bytes, split in two planes so that each load is one contiguous 512 bytes:
 //            [N/16][K/32][step 2][lane 32][8 bf16].
 //   FB_Q8:   16 bytes, int8 q of 8 values of step 0, then of step 1.           w = d q
-//   FB_Q4:   8 bytes; one uint32 a step: value i of the eight is in bits       w = d (q - 8)
-//            4i..4i+3 (q of 0 to 15).
+//   FB_Q4:   8 bytes; one uint32 a step, q of 0 to 15: the even values 0 2 4 6  w = d (q - 8)
+//            in its low half from bit 0 up, the odd ones 1 3 5 7 in its high half from bit 16 up,
+//            so that one shift and one mask bring out the two of a register.
 //   FB_Q4M:  as FB_Q4.                                                         w = d q + m
 // `scales` is [N/16][K/32][16] f16 d of the tile's rows; for FB_Q4M [N/16][K/32][16][2] f16, d and
 // m. Null for FB_BF16.
@@ -138,6 +139,25 @@ static inline uint32_t fb_ksplit(uint32_t n, uint32_t k) {
   return split;
 }
 
+// Columns of X that a CTA has in a stage of its ring, for each part of K; and the stages.
+static inline uint32_t fb_gemm_chunk(uint32_t n) { return n == 64 ? 32 : 64; }
+#define FB_GEMM_STAGES 3
+// Floats between two tokens of a warp's part of the result in shared memory: 16 rows, and 4 so that
+// a warp's stores meet no bank twice.
+#define FB_GEMM_PITCH 20
+
+static inline uint32_t fb_gemm_grid_x(uint32_t rows, uint32_t ksplit) {
+  const uint32_t tiles = (rows + FB_TILE_ROWS - 1) / FB_TILE_ROWS, each = FB_GEMM_WARPS / ksplit;
+  return (tiles + each - 1) / each;
+}
+
+// Dynamic shared memory: the ring of X, then, in the same place, the parts of the result.
+static inline uint32_t fb_gemm_shared_bytes(uint32_t n, uint32_t ksplit) {
+  const uint32_t ring = FB_GEMM_STAGES * ksplit * n * fb_gemm_chunk(n) * 2;
+  const uint32_t parts = FB_GEMM_WARPS * n * FB_GEMM_PITCH * 4;
+  return ring > parts ? ring : parts;
+}
+
 typedef struct fb_gemm {
   fb_weight weight;
   const fb_bf16 *x;      // [T][K]
@@ -169,8 +189,14 @@ typedef struct fb_gemm {
 // A query tile: 16 rows = consecutive tokens of one row x the query heads of one kv head, token
 // major; tokens of a tile = max(1, 16 / group). A CTA of 4 warps has one tile and one split: warp w
 // has block w of the split.
-// Grid (query tiles, kv_heads, splits_max), 128 threads; a CTA whose split begins beyond its tile's
-// last position ends at once.
+// heads / kv_heads is at most 16.
+// Grid (query tiles, kv_heads, z), 128 threads, FB_ATTENTION_SHARED_BYTES; a CTA takes splits
+// blockIdx.z, + z and so on, and ends at once where they begin beyond its tile's last position. So
+// any z is right for any context, as a captured graph needs; splits of the longest one are fastest.
+// forebay_attention_prefill_<head_dim>: the same bits, for rows of many tokens. Grid (query tiles /
+// 4, kv_heads, z): a CTA has four query tiles, all of one row, FB_NONE at the end where a row has
+// no more; warp w has tile w and goes through the split's blocks, which all four share.
+#define FB_ATTENTION_SHARED_BYTES(head_dim) (512 * (head_dim))
 typedef struct fb_query_tile {
   uint32_t row;         // index into rows, FB_NONE: padding
   uint32_t token_start; // first token, counted within the row

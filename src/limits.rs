@@ -44,6 +44,9 @@ pub struct Limits {
     pub chunk_tokens_max: u32,
     /// Longest sequence, prompt and output together: the model's context unless set lower.
     pub context_max: u32,
+    /// A request whose first token is foreseen to come later is refused at once, unless its
+    /// prompt would take a third of that on an idle engine, or its class is bulk. 0: nobody is.
+    pub ttft_target_ms: u64,
     /// A request that has waited this long is evicted.
     pub queue_ttl_ms: u64,
     /// A parked sequence's client has this long to give credit.
@@ -69,6 +72,7 @@ impl Default for Limits {
             step_tokens_max: 512,
             chunk_tokens_max: 512,
             context_max: 8192,
+            ttft_target_ms: 2_000,
             queue_ttl_ms: 30_000,
             stall_timeout_ms: 120_000,
         }
@@ -95,6 +99,7 @@ impl Limits {
             step_tokens_max: 96,
             chunk_tokens_max: 64,
             context_max: 512,
+            ttft_target_ms: 1_000,
             queue_ttl_ms: 5_000,
             stall_timeout_ms: 2_000,
         }

@@ -252,6 +252,8 @@ pub enum RejectReason {
     QueueTtlExpired = 7,
     /// Its deadline passed while it waited.
     DeadlineExpired = 8,
+    /// Its first token would come later than its class may wait.
+    TtftUnattainable = 9,
 }
 
 impl RejectReason {
@@ -267,6 +269,7 @@ impl RejectReason {
             RejectReason::DeadlineUnattainable => "deadline_unattainable",
             RejectReason::QueueTtlExpired => "queue_ttl_expired",
             RejectReason::DeadlineExpired => "deadline_expired",
+            RejectReason::TtftUnattainable => "ttft_unattainable",
         }
     }
 }

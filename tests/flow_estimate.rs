@@ -132,6 +132,26 @@ fn step_times_are_learnt_from_a_bad_prior_and_learnt_anew_when_they_change() {
     assert!(error < 150, "{error} {:?}", model.cost());
 }
 
+/// The prior says far more than the truth: the first corrections would make costs negative.
+#[test]
+fn a_prior_that_is_far_too_high_is_forgotten_after_a_few_steps() {
+    let mut model = StepTimeModel::new(StepCost {
+        step_ps: 2_000_000_000,
+        prefill_token_ps: 500_000_000,
+        decode_row_ps: 500_000_000,
+        kv_position_ps: 1_000,
+    });
+    let prefill = StepLoad::default().plus_prefill(0, 4);
+    for step in 0..100 {
+        let decode = StepLoad::default().plus_decode(4 + step % 5);
+        model.observe(if step % 5 == 0 { prefill } else { decode }, 1_000_000);
+    }
+    for load in [prefill, StepLoad::default().plus_decode(6)] {
+        let error = model.predict_ns(load).abs_diff(1_000_000);
+        assert!(error < 150_000, "{error}: {:?}", model.cost());
+    }
+}
+
 #[test]
 fn steps_that_are_all_alike_do_not_spoil_the_model() {
     let mut prng = Prng::new(8);

@@ -240,6 +240,14 @@ pub(super) const SETTINGS: &[Setting] = &[
         "request bodies that wait in the queue"
     ),
     number!(
+        "limits.ttft_target_ms",
+        limits.ttft_target_ms,
+        0,
+        DAY_MS,
+        Millis,
+        "a request foreseen to wait longer for its first token is refused (bulk: never); 0: off"
+    ),
+    number!(
         "limits.queue_ttl_ms",
         limits.queue_ttl_ms,
         1,

@@ -63,14 +63,14 @@ impl EngineCore {
         if ask.window_tokens == 0 {
             return Err((RejectReason::Invalid, None));
         }
-        self.check_deadline(ask, now)?;
+        self.foresee(ask, now)?;
         if self.sequences.room() == 0 {
             // Only while the ends of others are still to be told: a moment.
             return Err((RejectReason::QueueFull, self.retry(now, Shortage::Requests(1))));
         }
         // More tokens than the context are cut off: the permit need not allow for them.
         let tokens = ask.input_tokens.min(self.context);
-        let permit = match self.ledger.take(tokens, ask.input_bytes) {
+        let permit = match self.ledger.take(ask.class, tokens, ask.input_bytes) {
             Ok(permit) => permit,
             Err(Shortage::Forever) => return Err((RejectReason::ExceedsCapacity, None)),
             Err(shortage) => return Err((RejectReason::QueueFull, self.retry(now, shortage))),
@@ -95,22 +95,6 @@ impl EngineCore {
         self.watch(index);
         self.tell(index);
         Ok(())
-    }
-
-    /// Refuses what cannot be admitted in time, as far as the drain seen so far can tell.
-    fn check_deadline(&self, ask: &Ask, now: Instant) -> Result<(), (RejectReason, Option<u32>)> {
-        let Some(deadline) = ask.deadline else { return Ok(()) };
-        if deadline <= now {
-            return Err((RejectReason::DeadlineExpired, None));
-        }
-        let ahead: u32 = self.queue.lens()[..=ask.class as usize].iter().sum();
-        match self.meter.wait_ms(now, u64::from(ahead)) {
-            Some(wait_ms) if ahead > 0 && now.plus_ms(wait_ms) > deadline => {
-                let wait_ms = wait_ms.min(u64::from(u32::MAX)) as u32;
-                Err((RejectReason::DeadlineUnattainable, Some(wait_ms)))
-            }
-            _ => Ok(()),
-        }
     }
 
     fn retry(&mut self, now: Instant, shortage: Shortage) -> Option<u32> {

@@ -2,12 +2,14 @@
 
 use crate::base::Instant;
 use crate::limits::Limits;
+use crate::request::Class;
 
 /// What a request occupies of the queue's bounds. It is estimated high when the request asks, and
 /// from then on only ever shrinks: to the prompt's tokens when those are known, to nothing when
 /// the request is admitted or ends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Permit {
+    class: Class,
     requests: u32,
     tokens: u32,
     bytes: u32,
@@ -42,6 +44,8 @@ pub struct Ledger {
     requests: u32,
     tokens: u64,
     bytes: u64,
+    /// Requests and prompt tokens of each class.
+    by_class: [(u32, u64); Class::ALL.len()],
 }
 
 impl Ledger {
@@ -54,11 +58,12 @@ impl Ledger {
             requests: 0,
             tokens: 0,
             bytes: 0,
+            by_class: Default::default(),
         }
     }
 
     /// Grants a permit for a request, or says what is short.
-    pub fn take(&mut self, tokens: u32, bytes: u32) -> Result<Permit, Shortage> {
+    pub fn take(&mut self, class: Class, tokens: u32, bytes: u32) -> Result<Permit, Shortage> {
         let (new_tokens, new_bytes) = (u64::from(tokens), u64::from(bytes));
         if new_tokens > self.tokens_max || new_bytes > self.bytes_max {
             return Err(Shortage::Forever);
@@ -75,7 +80,9 @@ impl Ledger {
         self.requests += 1;
         self.tokens += new_tokens;
         self.bytes += new_bytes;
-        Ok(Permit { requests: 1, tokens, bytes })
+        self.by_class[class as usize].0 += 1;
+        self.by_class[class as usize].1 += new_tokens;
+        Ok(Permit { class, requests: 1, tokens, bytes })
     }
 
     /// Shrinks a permit to the tokens that the prompt really has. Never enlarges it.
@@ -83,6 +90,7 @@ impl Ledger {
         let surplus = permit.tokens.saturating_sub(tokens);
         permit.tokens -= surplus;
         self.tokens -= u64::from(surplus);
+        self.by_class[permit.class as usize].1 -= u64::from(surplus);
     }
 
     /// Takes a permit back. Giving an empty one back changes nothing.
@@ -90,12 +98,20 @@ impl Ledger {
         self.requests -= permit.requests;
         self.tokens -= u64::from(permit.tokens);
         self.bytes -= u64::from(permit.bytes);
+        self.by_class[permit.class as usize].0 -= permit.requests;
+        self.by_class[permit.class as usize].1 -= u64::from(permit.tokens);
         *permit = Permit::default();
     }
 
     /// Requests, prompt tokens and bytes that hold permits.
     pub fn held(&self) -> (u32, u64, u64) {
         (self.requests, self.tokens, self.bytes)
+    }
+
+    /// Requests and prompt tokens that come before a newcomer of this class.
+    pub fn ahead_of(&self, class: Class) -> (u32, u64) {
+        let not_after = &self.by_class[..=class as usize];
+        not_after.iter().fold((0, 0), |sum, held| (sum.0 + held.0, sum.1 + held.1))
     }
 
     /// Checks that these permits are all there are and that the bounds hold.
@@ -108,6 +124,9 @@ impl Ledger {
         }
         if sum != self.held() {
             return Err(format!("permits sum to {sum:?}, the ledger says {:?}", self.held()));
+        }
+        if self.ahead_of(Class::Bulk) != (sum.0, sum.1) {
+            return Err(format!("the classes hold {:?}", self.by_class));
         }
         let within =
             sum.0 <= self.requests_max && sum.1 <= self.tokens_max && sum.2 <= self.bytes_max;
@@ -193,6 +212,13 @@ impl DrainMeter {
         Some(ns.div_ceil(1_000_000))
     }
 
+    /// When a client should come back who came `excess_ms` too early, and makes the line longer.
+    pub fn retry_after_excess_ms(&mut self, now: Instant, excess_ms: u64) -> u32 {
+        let line_ms = self.wait_ms(now, self.line).unwrap_or(0);
+        self.line = (self.line + 1).min(self.line_max);
+        excess_ms.saturating_add(line_ms).clamp(1, RETRY_MAX_MS) as u32
+    }
+
     /// When a refused client should come back, and makes the line longer by one.
     pub fn retry_after_ms(&mut self, now: Instant, shortage: Shortage) -> Option<u32> {
         let departures = match shortage {
@@ -226,7 +252,7 @@ mod tests {
     #[test]
     fn a_permit_only_shrinks_and_the_ledger_follows() {
         let mut ledger = Ledger::new(&Limits::tiny());
-        let mut permit = ledger.take(400, 900).unwrap();
+        let mut permit = ledger.take(Class::Default, 400, 900).unwrap();
         assert_eq!(ledger.held(), (1, 400, 900));
         ledger.shrink(&mut permit, 120);
         ledger.shrink(&mut permit, 500);
@@ -241,21 +267,21 @@ mod tests {
     fn each_bound_of_the_queue_refuses_and_says_how_much_is_short() {
         let limits = Limits::tiny();
         let mut ledger = Ledger::new(&limits);
-        assert_eq!(ledger.take(1025, 1), Err(Shortage::Forever));
-        assert_eq!(ledger.take(1, 8193), Err(Shortage::Forever));
-        ledger.take(1000, 8000).unwrap();
-        assert_eq!(ledger.take(30, 1), Err(Shortage::Tokens(6)));
-        assert_eq!(ledger.take(1, 200), Err(Shortage::Bytes(8)));
+        assert_eq!(ledger.take(Class::Default, 1025, 1), Err(Shortage::Forever));
+        assert_eq!(ledger.take(Class::Default, 1, 8193), Err(Shortage::Forever));
+        ledger.take(Class::Default, 1000, 8000).unwrap();
+        assert_eq!(ledger.take(Class::Default, 30, 1), Err(Shortage::Tokens(6)));
+        assert_eq!(ledger.take(Class::Default, 1, 200), Err(Shortage::Bytes(8)));
         for _ in 1..limits.queued_requests_max {
-            ledger.take(1, 1).unwrap();
+            ledger.take(Class::Default, 1, 1).unwrap();
         }
-        assert_eq!(ledger.take(1, 1), Err(Shortage::Requests(1)));
+        assert_eq!(ledger.take(Class::Default, 1, 1), Err(Shortage::Requests(1)));
     }
 
     #[test]
     fn the_retry_time_follows_the_drain_and_the_line() {
         let mut meter = DrainMeter::new(4);
-        let permit = Permit { requests: 1, tokens: 100, bytes: 400 };
+        let permit = Permit { class: Class::Default, requests: 1, tokens: 100, bytes: 400 };
         assert_eq!(meter.retry_after_ms(at_ms(0), Shortage::Requests(1)), Some(1000));
         meter.handle_arrival(at_ms(0));
         for n in 1..=10 {
@@ -272,7 +298,7 @@ mod tests {
     #[test]
     fn several_that_leave_together_share_the_interval() {
         let mut meter = DrainMeter::new(4);
-        let permit = Permit { requests: 1, tokens: 1, bytes: 1 };
+        let permit = Permit { class: Class::Default, requests: 1, tokens: 1, bytes: 1 };
         meter.handle_arrival(at_ms(0));
         for n in 1..=200 {
             for _ in 0..4 {
@@ -285,7 +311,7 @@ mod tests {
     #[test]
     fn time_without_anybody_waiting_does_not_count() {
         let mut meter = DrainMeter::new(4);
-        let permit = Permit { requests: 1, tokens: 1, bytes: 1 };
+        let permit = Permit { class: Class::Default, requests: 1, tokens: 1, bytes: 1 };
         for n in 0..10 {
             meter.handle_arrival(at_ms(100_000 * n));
             meter.handle_departure(at_ms(100_000 * n + 5), &permit, 0);

@@ -15,6 +15,7 @@
 //! |---|---|
 //! | `control.rs` | credits, cancels, returned batches; drain; time-outs |
 //! | `admission.rs` | asks and submissions → grants, refusals, the queue |
+//! | `foresight.rs` | an ask → whether its first token would come in time |
 //! | `scheduler.rs` | sequences → a step |
 //! | `reclaim.rs` | who may take blocks from whom |
 //! | `results.rs` | a finished step → output, ends |
@@ -26,6 +27,7 @@ pub mod blocks;
 mod check;
 mod control;
 mod egress;
+mod foresight;
 pub mod ledger;
 pub mod plan;
 pub mod ports;
@@ -53,6 +55,7 @@ pub use check::Census;
 
 use blocks::BlockPool;
 use egress::FrontLink;
+use foresight::Typical;
 use ledger::{DrainMeter, Ledger};
 use ports::{DevicePort, FrontPort};
 use queue::Queue;
@@ -175,6 +178,8 @@ pub struct EngineCore {
     blocked_until: Instant,
     /// How long steps take, and so what it costs to compute a text again.
     pace: StepTimeModel,
+    /// How long answers are.
+    typical: Typical,
     /// What comes in and what is served.
     load: LoadEstimator,
     /// The time of the last tick.
@@ -249,6 +254,7 @@ impl EngineCore {
             expiry: Instant::NEVER,
             blocked_until: Instant::NEVER,
             pace: StepTimeModel::new(PACE_PRIOR),
+            typical: Typical::default(),
             load: LoadEstimator::new(LOAD_HORIZON_NS),
             ticked: Instant::ZERO,
             drain: Drain::Off,
@@ -373,6 +379,9 @@ impl EngineCore {
     fn finish(&mut self, index: u32, finish: FinishReason, now: Instant) {
         let (usage, timings) = self.sequences[index].account(now);
         self.counters.finished[finish as usize] += 1;
+        if self.sequences[index].is_admitted() {
+            self.typical.observe(usage.prompt_tokens, usage.output_tokens);
+        }
         self.end(index, Terminal::Done { finish, usage, timings }, now);
     }
 

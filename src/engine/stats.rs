@@ -6,7 +6,7 @@ use crate::flow::Load;
 use crate::request::{Class, FinishReason, RejectReason};
 
 /// Rejection reasons there are; the wire number is the index.
-pub const REJECT_REASONS: usize = RejectReason::DeadlineExpired as usize + 1;
+pub const REJECT_REASONS: usize = RejectReason::TtftUnattainable as usize + 1;
 /// Finish reasons there are; the wire number is the index.
 pub const FINISH_REASONS: usize = FinishReason::Operator as usize + 1;
 

@@ -280,9 +280,7 @@ impl StepTimeModel {
         let px = self.covariance.map(|row| dot(&row, &x));
         let total = noise + dot(&px, &x);
         for (weight, p) in self.weights.iter_mut().zip(px) {
-            let next = *weight + p / total * error;
-            // Not max(): that would turn a NaN into a 0 that looks like knowledge.
-            *weight = if next < 0.0 { 0.0 } else { next };
+            *weight += p / total * error;
         }
         for i in 0..FEATURES {
             for j in 0..FEATURES {
@@ -290,10 +288,36 @@ impl StepTimeModel {
             }
             self.covariance[i][i] += DRIFT;
         }
+        self.bound_weights();
         self.bound_variances();
         self.observed += 1;
         if !self.is_finite() {
             self.start_over();
+        }
+    }
+
+    /// No cost is negative. One that came out so is taken to be *known* to be 0 (the others move
+    /// as they are correlated with it): cutting it off alone would leave them fitted to a number
+    /// that is gone, and the next steps would drive them away. How little is really known about it
+    /// stays, so that it can grow again.
+    fn bound_weights(&mut self) {
+        // Each pass settles one weight; a settled one has no correlation left to be moved by.
+        for _ in 0..FEATURES {
+            // Not max(): that would turn a NaN into a 0 that looks like knowledge.
+            let Some(i) = (0..FEATURES).find(|&i| self.weights[i] < 0.0) else { return };
+            let (variance, weight) = (self.covariance[i][i], self.weights[i]);
+            let row = self.covariance[i];
+            for j in 0..FEATURES {
+                self.weights[j] -= row[j] / variance * weight;
+                for k in 0..FEATURES {
+                    self.covariance[j][k] -= row[j] * row[k] / variance;
+                }
+            }
+            self.weights[i] = 0.0;
+            for j in 0..FEATURES {
+                (self.covariance[i][j], self.covariance[j][i]) = (0.0, 0.0);
+            }
+            self.covariance[i][i] = variance;
         }
     }
 

@@ -282,5 +282,6 @@ fn reject_message(reason: RejectReason) -> &'static str {
         RejectReason::DeadlineUnattainable => "the deadline would pass before the first token",
         RejectReason::QueueTtlExpired => "it waited as long as a request may wait",
         RejectReason::DeadlineExpired => "its deadline passed while it waited",
+        RejectReason::TtftUnattainable => "its first token would come too late",
     }
 }

@@ -422,7 +422,7 @@ pub fn finish_from_wire(number: u8) -> Option<FinishReason> {
 /// The reject reason with this wire number.
 pub fn reject_from_wire(number: u8) -> Option<RejectReason> {
     use RejectReason::*;
-    const ALL: [RejectReason; 9] = [
+    const ALL: [RejectReason; 10] = [
         QueueFull,
         ExceedsCapacity,
         Invalid,
@@ -432,6 +432,7 @@ pub fn reject_from_wire(number: u8) -> Option<RejectReason> {
         DeadlineUnattainable,
         QueueTtlExpired,
         DeadlineExpired,
+        TtftUnattainable,
     ];
     ALL.get(usize::from(number)).copied()
 }

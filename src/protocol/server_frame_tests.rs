@@ -127,7 +127,7 @@ fn reasons_map_to_numbers_and_back() {
         }
     }
     assert_eq!(finish_from_wire(FinishReason::Operator as u8 + 1), None);
-    assert_eq!(reject_from_wire(RejectReason::DeadlineExpired as u8 + 1), None);
+    assert_eq!(reject_from_wire(RejectReason::TtftUnattainable as u8 + 1), None);
 }
 
 #[test]

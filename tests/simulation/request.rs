@@ -333,6 +333,9 @@ impl Request {
             RejectReason::DeadlineExpired => past,
             RejectReason::DeadlineUnattainable => self.plan.deadline.is_some() && !self.submitted,
             RejectReason::QueueFull => self.granted.is_none(),
+            RejectReason::TtftUnattainable => {
+                self.granted.is_none() && self.plan.class != Class::Bulk
+            }
             RejectReason::Invalid | RejectReason::TooManyStreams => false,
             RejectReason::ExceedsCapacity => self.plan.answer.tokens.is_empty(),
             _ => true,
