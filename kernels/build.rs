@@ -156,7 +156,7 @@ fn bind_abi(folder: &Path, out: &Path) -> Result<(), String> {
             unsafe { env::set_var("LIBCLANG_PATH", installed) };
         }
     }
-    let abi = folder.join("abi.h");
+    let abi = folder.join("bindings.h");
     let wrappers = out.join("abi_inline.c");
     let generate = || {
         bindgen::Builder::default()

@@ -106,7 +106,7 @@ void tile_row(const fb_weight &weight, uint32_t row, std::vector<float> &out) {
       } else {
         uint32_t word;
         std::memcpy(&word, bytes + lane * 8 + step * 4, 4);
-        float q = float(word >> (4 * value) & 15);
+        float q = float(word >> (4 * (value / 2) + 16 * (value % 2)) & 15);
         to = weight.type == FB_Q4 ? from_f16(scales[tile * 16 + r]) * (q - 8)
                                   : from_f16(scales[(tile * 16 + r) * 2]) * q +
                                         from_f16(scales[(tile * 16 + r) * 2 + 1]);
@@ -198,7 +198,8 @@ void gemm(const fb_gemm &p, Grid grid, const std::string &epilogue, uint32_t wid
   if (tokens > grid.y * width) fail("a product's grid does not cover its tokens");
   uint32_t bands = (n + FB_TILE_ROWS - 1) / FB_TILE_ROWS;
   if (p.ksplit != fb_ksplit(n, p.weight.columns)) fail("another split of K");
-  if (grid.x * (FB_GEMM_WARPS / p.ksplit) < bands) fail("a product's grid does not cover its rows");
+  if (grid.x != fb_gemm_grid_x(n, p.ksplit)) fail("a product's grid does not cover its rows");
+  if (grid.shared != fb_gemm_shared_bytes(width, p.ksplit)) fail("a product's shared memory");
   std::vector<float> c = product(p, tokens);
   size_t stride = size_t(bands) * FB_TILE_ROWS;
   for (uint32_t t = 0; t < tokens; t++) {
@@ -218,7 +219,10 @@ void gemm(const fb_gemm &p, Grid grid, const std::string &epilogue, uint32_t wid
   }
 }
 
-void attend(const fb_attention &p, Grid grid, uint32_t dim, const fb_query_tile &tile, uint32_t kv_head,
+// How often each token was attended since the last merge.
+std::map<uint32_t, uint32_t> attended;
+
+void attend(const fb_attention &p, uint32_t dim, const fb_query_tile &tile, uint32_t kv_head,
             uint32_t split) {
   const fb_row &row = at(p.rows, p.step->rows)[tile.row];
   uint32_t group = p.heads / p.kv_heads, tile_tokens = std::max(1u, 16 / group);
@@ -252,7 +256,6 @@ void attend(const fb_attention &p, Grid grid, uint32_t dim, const fb_query_tile 
         for (uint32_t d = 0; d < dim; d++) o[d] += weight * from_bf16(value[d]);
       }
       size_t partial = (size_t(t) * p.heads + h) * p.splits_max + split;
-      if (split >= p.splits_max || split >= grid.z) fail("a split beyond the grid");
       for (uint32_t d = 0; d < dim; d++) at(p.partial_o, (partial + 1) * dim)[partial * dim + d] = o[d] / l;
       at(p.partial_ml, (partial + 1) * 2)[partial * 2] = m;
       p.partial_ml[partial * 2 + 1] = l;
@@ -260,24 +263,27 @@ void attend(const fb_attention &p, Grid grid, uint32_t dim, const fb_query_tile 
   }
 }
 
-void attention(const fb_attention &p, Grid grid, uint32_t dim) {
-  std::vector<uint32_t> covered(at(p.step, 1)->tokens);
+void attention(const fb_attention &p, Grid grid, uint32_t dim, bool prefill) {
+  if (grid.shared != FB_ATTENTION_SHARED_BYTES(dim)) fail("attention's shared memory");
   uint32_t group = p.heads / p.kv_heads, tile_tokens = std::max(1u, 16 / group);
-  for (uint32_t i = 0; i < grid.x; i++) {
-    const fb_query_tile &tile = at(p.tiles, grid.x)[i];
+  uint32_t tiles = grid.x * (prefill ? 4 : 1);
+  for (uint32_t i = 0; i < tiles; i++) {
+    const fb_query_tile &tile = at(p.tiles, tiles)[i];
     if (tile.row == FB_NONE) continue;
+    if (prefill && tile.row != p.tiles[i / 4 * 4].row) fail("four tiles of different rows");
     const fb_row &row = at(p.rows, p.step->rows)[tile.row];
     for (uint32_t j = tile.token_start; j < std::min(tile.token_start + tile_tokens, row.token_count); j++)
-      covered[row.token_start + j]++;
+      attended[row.token_start + j]++;
     for (uint32_t h = 0; h < p.kv_heads; h++)
-      for (uint32_t split = 0; split < grid.z; split++) attend(p, grid, dim, tile, h, split);
+      for (uint32_t split = 0; split < p.splits_max; split++) attend(p, dim, tile, h, split);
   }
-  for (uint32_t times : covered)
-    if (times != 1) fail("query tiles do not cover every token once");
 }
 
 void merge(const fb_attention &p, uint32_t dim) {
   uint32_t tokens = at(p.step, 1)->tokens;
+  for (uint32_t t = 0; t < tokens; t++)
+    if (attended[t] != 1) fail("query tiles do not cover every token once");
+  attended.clear();
   for (size_t i = 0; i < size_t(tokens) * p.heads; i++) {
     uint32_t splits = p.positions[i / p.heads] / (FB_SPLIT_BLOCKS * FB_BLOCK_POSITIONS) + 1;
     float m = -INFINITY, l = 0;
@@ -359,8 +365,11 @@ Work launch(const std::string &name, Grid grid, void **arguments) {
   }
   if (begins("forebay_attention_merge_"))
     return bound<fb_attention>(arguments, [last](const fb_attention &p) { merge(p, last); });
-  if (begins("forebay_attention_"))
-    return bound<fb_attention>(arguments, [=](const fb_attention &p) { attention(p, grid, last); });
+  if (begins("forebay_attention_")) {
+    bool prefill = begins("forebay_attention_prefill_");
+    return bound<fb_attention>(arguments,
+                               [=](const fb_attention &p) { attention(p, grid, last, prefill); });
+  }
   if (name == "forebay_sample")
     return bound<fb_sample>(arguments, [grid](const fb_sample &p) { sample(p, grid); });
   if (name == "forebay_count")

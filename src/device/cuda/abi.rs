@@ -1,5 +1,11 @@
 //! The kernels' parameters, as bindgen reads them from `kernels/abi.h`, and their machine code.
-#![allow(unsafe_code, missing_docs, non_camel_case_types, clippy::undocumented_unsafe_blocks)]
+#![allow(
+    dead_code,
+    unsafe_code,
+    missing_docs,
+    non_camel_case_types,
+    clippy::undocumented_unsafe_blocks
+)]
 
 include!(concat!(env!("OUT_DIR"), "/abi.rs"));
 

@@ -194,7 +194,6 @@ impl Pinned {
 pub struct Kernel {
     function: sys::CUfunction,
     name: String,
-    shared_bytes: u32,
 }
 
 // SAFETY: a handle of the driver, valid in the context on any thread; never changed once made.
@@ -360,7 +359,7 @@ impl Gpu {
         check("copying from the device", result)
     }
 
-    /// The kernel of this name, with `shared_bytes` of dynamic shared memory at a launch.
+    /// The kernel of this name, with `shared_bytes` of dynamic shared memory at most.
     ///
     /// # Errors
     /// When no module has it, or the device has less shared memory.
@@ -383,7 +382,7 @@ impl Gpu {
         // SAFETY: as above.
         let result = unsafe { sys::cuFuncSetAttribute(function, attribute, shared_bytes as i32) };
         check(&format!("{shared_bytes} bytes of shared memory for {name}"), result)?;
-        Ok(Kernel { function, name: name.to_owned(), shared_bytes })
+        Ok(Kernel { function, name: name.to_owned() })
     }
 
     /// Queues a launch.
@@ -398,14 +397,14 @@ impl Gpu {
         &self,
         kernel: &Kernel,
         grid: [u32; 3],
-        threads: u32,
+        (threads, shared): (u32, u32),
         parameters: &P,
     ) -> Result<(), DriverError> {
         let mut arguments = [std::ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
         // SAFETY: the driver copies the argument before it returns; the rest is the caller's word.
         let result = unsafe {
             let [x, y, z] = grid;
-            let (stream, shared) = (self.stream.as_inner(), kernel.shared_bytes);
+            let stream = self.stream.as_inner();
             let arguments = arguments.as_mut_ptr();
             sys::cuLaunchKernel(
                 kernel.function,

@@ -35,6 +35,18 @@ const ATTENTION_THREADS: u32 = 128;
 const SAMPLE_THREADS: u32 = 1024;
 const COUNT_THREADS: u32 = 256;
 
+/// Dynamic shared memory of a product's block, for tiles of so many tokens.
+fn gemm_shared_bytes(tokens: usize, ksplit: u32) -> u32 {
+    // SAFETY: arithmetic on its arguments alone; C only because kernels share it.
+    unsafe { abi::fb_gemm_shared_bytes(tokens as u32, ksplit) }
+}
+
+/// Dynamic shared memory of a block of attention.
+fn attention_shared_bytes(head_dim: usize) -> u32 {
+    // SAFETY: as in `gemm_shared_bytes`.
+    unsafe { abi::fb_attention_shared_bytes(head_dim as u32) }
+}
+
 /// What a product does with its result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Epilogue {
@@ -70,6 +82,7 @@ struct Kernels {
     norm: Kernel,
     gemms: Vec<Gemm>,
     attention: Kernel,
+    attention_prefill: Kernel,
     merge: Kernel,
     sample: Kernel,
     count: Kernel,
@@ -89,7 +102,8 @@ impl Kernels {
             }
             let load = |tokens: usize| {
                 let (storage, epilogue) = (storage.name(), epilogue.name());
-                gpu.kernel(&format!("forebay_gemm_{storage}_{epilogue}_{tokens}"), 0)
+                let name = format!("forebay_gemm_{storage}_{epilogue}_{tokens}");
+                gpu.kernel(&name, gemm_shared_bytes(tokens, abi::FB_GEMM_WARPS))
             };
             let [a, b, c, d] = GEMM_TOKENS.map(load);
             gemms.push(Gemm { storage, epilogue, widths: [a?, b?, c?, d?] });
@@ -103,11 +117,14 @@ impl Kernels {
         }
         need(&weights.head, Epilogue::Store)?;
         let head_dim = config.head_dim;
+        let attention = attention_shared_bytes(head_dim);
         Ok(Kernels {
             embed: gpu.kernel("forebay_embed", 0)?,
             norm: gpu.kernel("forebay_rmsnorm", 0)?,
             gemms,
-            attention: gpu.kernel(&format!("forebay_attention_{head_dim}"), 0)?,
+            attention: gpu.kernel(&format!("forebay_attention_{head_dim}"), attention)?,
+            attention_prefill: gpu
+                .kernel(&format!("forebay_attention_prefill_{head_dim}"), attention)?,
             merge: gpu.kernel(&format!("forebay_attention_merge_{head_dim}"), 0)?,
             sample: gpu.kernel("forebay_sample", 0)?,
             count: gpu.kernel("forebay_count", 0)?,
@@ -119,6 +136,14 @@ impl Kernels {
         let is_it = |gemm: &&Gemm| gemm.storage == storage && gemm.epilogue == epilogue;
         &self.gemms.iter().find(is_it).expect("loaded for every matrix").widths[width]
     }
+}
+
+/// Splits that attention's grid is made for, of at most `splits`: enough that some blocks wait for
+/// every multiprocessor of a large GPU, and no more, as most sequences have fewer splits and a
+/// recorded grid is the same for all. A block goes through the rest by itself.
+fn splits_at_once(blocks: usize, splits: usize) -> usize {
+    const BLOCKS_WANTED: usize = 4 * 132;
+    BLOCKS_WANTED.div_ceil(blocks).clamp(1, splits.max(1))
 }
 
 /// The model on a device, with everything a step works on.
@@ -218,7 +243,9 @@ impl Forward {
         for tokens in GRAPH_TOKENS.into_iter().filter(|&tokens| tokens <= most) {
             let splits = memory::splits(self.sizes.context);
             let (tiles, sampled) = (tokens, tokens);
-            let sizes = LaunchSizes { tokens, tiles, sampled, splits, is_recorded: true };
+            let is_recorded = true;
+            let sizes =
+                LaunchSizes { tokens, tiles, prefill_tiles: 0, sampled, splits, is_recorded };
             let graph = self.gpu.record(|| self.queue(&sizes))?;
             self.graphs.push((tokens, graph));
         }
@@ -283,6 +310,7 @@ impl Forward {
         pinned.put(to.sampled_tokens.at, &arrays.sampled_tokens);
         pinned.put(to.setups.at, &arrays.setups);
         pinned.put(to.tiles.at, &arrays.tiles);
+        pinned.put(to.prefill_tiles.at, &arrays.prefill_tiles);
         pinned.put(to.token_ids.at, &arrays.token_ids);
         pinned.put(to.token_slots.at, &arrays.token_slots);
         pinned.put(to.positions.at, &arrays.positions);
@@ -366,10 +394,21 @@ impl Forward {
         threads: u32,
         parameters: &P,
     ) -> Result<(), DriverError> {
+        self.launch_with(kernel, grid, (threads, 0), parameters)
+    }
+
+    /// Launches with dynamic shared memory.
+    fn launch_with<P: Copy>(
+        &self,
+        kernel: &Kernel,
+        grid: [usize; 3],
+        block: (u32, u32),
+        parameters: &P,
+    ) -> Result<(), DriverError> {
         // SAFETY: this file's callers pass each kernel the struct that `abi.h` gives it, with
         // places laid out for the largest step and a grid made from the step's own sizes, which
         // `Contract` has checked against the same bounds. One step runs at a time.
-        unsafe { self.gpu.launch(kernel, grid.map(|size| size as u32), threads, parameters) }
+        unsafe { self.gpu.launch(kernel, grid.map(|size| size as u32), block, parameters) }
     }
 
     fn embed(&self, sizes: &LaunchSizes) -> Result<(), DriverError> {
@@ -422,11 +461,12 @@ impl Forward {
     ) -> Result<(), DriverError> {
         let width = GEMM_TOKENS.iter().position(|&width| tokens <= width);
         let width = width.unwrap_or(GEMM_TOKENS.len() - 1);
-        let bands_per_block = (abi::FB_GEMM_WARPS / parameters.ksplit) as usize;
-        let x = matrix.matrix.bands().div_ceil(bands_per_block);
+        // SAFETY: as in `gemm_shared_bytes`.
+        let x = unsafe { abi::fb_gemm_grid_x(parameters.weight.rows, parameters.ksplit) };
         let y = tokens.div_ceil(GEMM_TOKENS[width]);
         let kernel = self.kernels.gemm(matrix, epilogue, width);
-        self.launch(kernel, [x, y, 1], GEMM_THREADS, parameters)
+        let shared = gemm_shared_bytes(GEMM_TOKENS[width], parameters.ksplit);
+        self.launch_with(kernel, [x as usize, y, 1], (GEMM_THREADS, shared), parameters)
     }
 
     fn kv_layer(&self, layer: usize) -> Address {
@@ -463,7 +503,7 @@ impl Forward {
             kv: self.kv_layer(index).of(),
             rows: self.uploaded(upload.rows).of(),
             blocks: self.uploaded(upload.blocks).of(),
-            tiles: self.uploaded(upload.tiles).of(),
+            tiles: std::ptr::null(),
             positions: self.uploaded(upload.positions).of(),
             step: self.uploaded(upload.step).of(),
             partial_o: self.work(self.workspace.partial_o).of_mut(),
@@ -474,8 +514,22 @@ impl Forward {
             splits_max: memory::splits(self.sizes.context) as u32,
             scale_log2: std::f32::consts::LOG2_E / head_dim.sqrt(),
         };
-        let grid = [sizes.tiles, self.config.kv_heads, sizes.splits];
-        self.launch(&self.kernels.attention, grid, ATTENTION_THREADS, &parameters)?;
+        let block = (ATTENTION_THREADS, attention_shared_bytes(self.config.head_dim));
+        let kv_heads = self.config.kv_heads;
+        let parts = [
+            (&self.kernels.attention, upload.tiles, sizes.tiles),
+            (
+                &self.kernels.attention_prefill,
+                upload.prefill_tiles,
+                sizes.prefill_tiles / memory::PREFILL_TILES,
+            ),
+        ];
+        for (kernel, tiles, blocks) in parts.into_iter().filter(|(_, _, blocks)| *blocks > 0) {
+            let tiles = self.uploaded(tiles).of();
+            let grid = [blocks, kv_heads, splits_at_once(blocks * kv_heads, sizes.splits)];
+            let parameters = abi::fb_attention { tiles, ..parameters };
+            self.launch_with(kernel, grid, block, &parameters)?;
+        }
         let threads = (32 * self.config.heads as u32).min(1024);
         self.launch(&self.kernels.merge, [sizes.tokens, 1, 1], threads, &parameters)
     }

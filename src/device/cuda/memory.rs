@@ -87,6 +87,7 @@ pub struct Upload {
     pub sampled_tokens: Place,
     pub setups: Place,
     pub tiles: Place,
+    pub prefill_tiles: Place,
     pub token_ids: Place,
     pub token_slots: Place,
     pub positions: Place,
@@ -114,8 +115,11 @@ impl Upload {
             sampled_rows: places.take::<u32>(sampled),
             sampled_tokens: places.take::<u32>(sampled),
             setups: places.take::<abi::fb_slot_setup>(sizes.rows),
-            // A row's last tile may be partly filled; a padded step has a tile a token.
-            tiles: places.take::<abi::fb_query_tile>(tokens.div_ceil(tile_tokens) + tokens),
+            tiles: places.take::<abi::fb_query_tile>(tiles_max(sizes.rows)),
+            prefill_tiles: places.take::<abi::fb_query_tile>(prefill_tiles_max(
+                (sizes.rows, sizes.tokens),
+                tile_tokens,
+            )),
             token_ids: places.take::<u32>(tokens),
             token_slots: places.take::<u32>(tokens),
             positions: places.take::<u32>(tokens),
@@ -126,6 +130,19 @@ impl Upload {
             bytes: places.bytes(),
         }
     }
+}
+
+/// Query tiles that one block of the kernel for long rows takes.
+pub const PREFILL_TILES: usize = 4;
+
+/// Query tiles of rows that have one: a padded step has a tile a token.
+pub fn tiles_max(rows: usize) -> usize {
+    room(rows)
+}
+
+/// Query tiles of longer rows: each may have a last one that is partly filled, and a group that is.
+pub fn prefill_tiles_max((rows, tokens): (usize, usize), tile_tokens: usize) -> usize {
+    (tokens / tile_tokens + rows * (1 + PREFILL_TILES)).next_multiple_of(PREFILL_TILES)
 }
 
 /// Tokens, or rows, that there is room for: whole tiles of the widest kernel, and every padded

@@ -262,8 +262,9 @@ impl Block {
             if storage == Storage::Q8 {
                 tile[16 * lane + 8 * step + value] = quant as u8;
             } else {
-                // The file's order of bits and the register's are both little-endian.
-                tile[8 * lane + 4 * step + value / 2] |= (quant as u8) << (4 * (value % 2));
+                // Even values in the word's low half, odd ones in its high half.
+                let byte = 2 * (value % 2) + value / 4;
+                tile[8 * lane + 4 * step + byte] |= (quant as u8) << (4 * (value / 2 % 2));
             }
         }
     }

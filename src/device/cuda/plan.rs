@@ -3,19 +3,23 @@
 
 use crate::device::contract::{Bounds, Contract};
 use crate::device::cuda::abi;
-use crate::device::cuda::memory::{self, BIASES, padded};
+use crate::device::cuda::memory::{self, BIASES, PREFILL_TILES, padded};
 use crate::message::{BLOCK_POSITIONS, PlanRow, SlotSetup, StepFailure, StepPlan};
 use crate::request::SamplingParams;
 
 const NONE: u32 = abi::FB_NONE;
+/// Padding among query tiles.
+const NO_TILE: abi::fb_query_tile = abi::fb_query_tile { row: NONE, token_start: 0 };
 
 /// What decides how many of each kernel's blocks a step launches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LaunchSizes {
     /// Tokens, padding included.
     pub tokens: usize,
-    /// Query tiles, padding included.
+    /// Query tiles of rows with a single one, padding included.
     pub tiles: usize,
+    /// Query tiles of longer rows, in whole groups.
+    pub prefill_tiles: usize,
     /// Sampled rows, padding included.
     pub sampled: usize,
     /// Splits of the longest row.
@@ -37,7 +41,10 @@ pub struct Arrays {
     pub sampled_rows: Vec<u32>,
     /// Of each sampled row, its last token.
     pub sampled_tokens: Vec<u32>,
+    /// Of rows with a single one.
     pub tiles: Vec<abi::fb_query_tile>,
+    /// Of longer rows; each row's are filled up to a whole group.
+    pub prefill_tiles: Vec<abi::fb_query_tile>,
     pub token_ids: Vec<u32>,
     pub token_slots: Vec<u32>,
     pub positions: Vec<u32>,
@@ -68,7 +75,11 @@ impl Arrays {
             rows: Vec::with_capacity(bounds.rows_max),
             sampled_rows: Vec::with_capacity(sampled),
             sampled_tokens: Vec::with_capacity(sampled),
-            tiles: Vec::with_capacity(tokens.div_ceil(tile_tokens) + tokens),
+            tiles: Vec::with_capacity(memory::tiles_max(bounds.rows_max)),
+            prefill_tiles: Vec::with_capacity(memory::prefill_tiles_max(
+                (bounds.rows_max, bounds.step_tokens_max),
+                tile_tokens,
+            )),
             token_ids: Vec::with_capacity(tokens),
             token_slots: Vec::with_capacity(tokens),
             positions: Vec::with_capacity(tokens),
@@ -114,6 +125,7 @@ impl Arrays {
         Ok(LaunchSizes {
             tokens: self.token_ids.len(),
             tiles: self.tiles.len(),
+            prefill_tiles: self.prefill_tiles.len(),
             sampled: self.sampled_rows.len(),
             splits,
             is_recorded: recorded.is_some(),
@@ -125,6 +137,7 @@ impl Arrays {
         self.sampled_rows.clear();
         self.sampled_tokens.clear();
         self.tiles.clear();
+        self.prefill_tiles.clear();
         self.token_ids.clear();
         self.token_slots.clear();
         self.positions.clear();
@@ -174,8 +187,12 @@ impl Arrays {
             self.positions.push(position);
             self.kv_places.push(block * BLOCK_POSITIONS as u32 + place as u32);
         }
-        for token_start in (0..row.token_count).step_by(self.tile_tokens) {
-            self.tiles.push(abi::fb_query_tile { row: index, token_start });
+        let is_short = row.token_count as usize <= self.tile_tokens;
+        let tiles = if is_short { &mut self.tiles } else { &mut self.prefill_tiles };
+        let starts = (0..row.token_count).step_by(self.tile_tokens);
+        tiles.extend(starts.map(|token_start| abi::fb_query_tile { row: index, token_start }));
+        while !is_short && tiles.len() % PREFILL_TILES != 0 {
+            tiles.push(NO_TILE);
         }
         let mut sampled = NONE;
         if row.sample {
@@ -195,7 +212,7 @@ impl Arrays {
 
     /// Fills a decode step up to a recorded size with tokens that are none.
     fn pad(&mut self, size: usize) {
-        self.tiles.resize(size, abi::fb_query_tile { row: NONE, token_start: 0 });
+        self.tiles.resize(size, NO_TILE);
         self.token_ids.resize(size, 0);
         self.token_slots.resize(size, 0);
         self.positions.resize(size, 0);

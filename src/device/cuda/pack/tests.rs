@@ -30,7 +30,8 @@ fn unpack(matrix: &Matrix, tiles: &[u8], scales: &[u8]) -> Vec<Vec<f32>> {
         for (lane, step, i) in (0..32 * 2 * 8).map(|n| (n / 16, n / 8 % 2, n % 8)) {
             let (row, column) = listed(lane, step)[i];
             let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four"));
-            let nibble = || ((word(8 * lane + 4 * step) >> (4 * i)) & 15) as f32;
+            let nibble =
+                || ((word(8 * lane + 4 * step) >> (4 * (i / 2) + 16 * (i % 2))) & 15) as f32;
             rows[row][tile * TILE_COLUMNS + column] = match matrix.storage {
                 Storage::Bf16 => {
                     let at = 2 * (step * 256 + lane * 8 + i);

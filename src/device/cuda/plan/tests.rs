@@ -85,20 +85,25 @@ fn a_rows_tiles_cover_its_tokens_once() {
             prepared(group, &plan(&[(37, 0, true), (1, 9, true), (100, 0, false)]));
         let tile_tokens = memory::tile_tokens(group) as u32;
         let mut covered = vec![0; 3];
-        for tile in &arrays.tiles {
+        let tiles = arrays.tiles.iter().chain(&arrays.prefill_tiles);
+        for tile in tiles.filter(|tile| tile.row != NONE) {
             let row = &arrays.rows[tile.row as usize];
             assert_eq!(tile.token_start, covered[tile.row as usize]);
             covered[tile.row as usize] += tile_tokens.min(row.token_count - tile.token_start);
         }
         assert_eq!(covered, [37, 1, 100]);
-        assert_eq!(sizes.tiles, arrays.tiles.len());
+        assert_eq!(sizes.prefill_tiles, arrays.prefill_tiles.len());
+        for four in arrays.prefill_tiles.chunks(4) {
+            assert_eq!(four.len(), 4);
+            assert!(four.iter().all(|tile| [four[0].row, NONE].contains(&tile.row)));
+        }
     }
 }
 
 #[test]
 fn a_decode_step_is_padded_to_a_recorded_size_with_what_nobody_reads() {
     let (arrays, sizes) = prepared(3, &plan(&[(1, 300, true), (1, 0, true), (1, 64, true)]));
-    let LaunchSizes { tokens, tiles, sampled, splits, is_recorded } = sizes;
+    let LaunchSizes { tokens, tiles, sampled, splits, is_recorded, .. } = sizes;
     assert_eq!((tokens, tiles, sampled, splits, is_recorded), (4, 4, 4, 2, true));
     assert_eq!(arrays.step, abi::fb_step { tokens: 3, rows: 3, sampled: 3, reserved: 0 });
     assert_eq!((arrays.tiles[3].row, arrays.kv_places[3]), (NONE, NONE));
