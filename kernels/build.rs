@@ -9,12 +9,9 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::time::SystemTime;
 
-/// Machine code for the data-centre generations, and PTX that later drivers compile for the rest.
-const TARGETS: &[&str] = &[
-    "arch=compute_80,code=[sm_80,compute_80]",
-    "arch=compute_90a,code=sm_90a",
-    "arch=compute_100a,code=sm_100a",
-];
+/// Machine code for the data-centre generations; `+` adds PTX, which drivers compile for the rest.
+/// `CUDA_TARGETS` names others: one alone builds four times as fast.
+const TARGETS: &str = "80+,90a,100a";
 
 const NO_NVCC: &str = "the feature `cuda` needs nvcc 13.0: run kernels/get-toolkit, which installs \
     it below target/; or name one with NVCC or CUDA_HOME, or have it on PATH; or build without \
@@ -28,15 +25,19 @@ const NO_LIBCLANG: &str = "the feature `cuda` needs libclang to read kernels/abi
 pub fn build() -> Result<(), String> {
     let folder = PathBuf::from(variable("CARGO_MANIFEST_DIR")).join("kernels");
     let out = PathBuf::from(variable("OUT_DIR"));
+    let targets = env::var("CUDA_TARGETS").unwrap_or_else(|_| TARGETS.to_owned());
     println!("cargo::rerun-if-changed=kernels");
-    for name in ["NVCC", "CUDA_HOME", "LIBCLANG_PATH"] {
+    for name in ["NVCC", "CUDA_HOME", "CUDA_TARGETS", "LIBCLANG_PATH"] {
         println!("cargo::rerun-if-env-changed={name}");
     }
     bind_abi(&folder, &out)?;
     trampolines(&folder, &out)?;
     let kernels = files(&folder, &["cu"])?;
-    compile_all(&kernels, &newest(&folder)?, &out)?;
-    write(&out.join("modules.rs"), &modules(&kernels, &out))
+    // Of their own folder: what was compiled for other targets is not up to date for these.
+    let binaries = out.join(&targets);
+    fs::create_dir_all(&binaries).map_err(|error| format!("{}: {error}", binaries.display()))?;
+    compile_all(&kernels, &newest(&folder)?, &targets, &binaries)?;
+    write(&out.join("modules.rs"), &modules(&kernels, &binaries))
 }
 
 fn variable(name: &str) -> String {
@@ -89,7 +90,12 @@ fn fat_binary(kernel: &Path, out: &Path) -> PathBuf {
 }
 
 /// Compiles the kernels that are older than their sources, as many at once as cargo allows.
-fn compile_all(kernels: &[PathBuf], headers: &SystemTime, out: &Path) -> Result<(), String> {
+fn compile_all(
+    kernels: &[PathBuf],
+    headers: &SystemTime,
+    targets: &str,
+    out: &Path,
+) -> Result<(), String> {
     let nvcc = find_nvcc()?;
     let is_stale = |kernel: &&PathBuf| {
         let built = changed(&fat_binary(kernel, out));
@@ -103,7 +109,7 @@ fn compile_all(kernels: &[PathBuf], headers: &SystemTime, out: &Path) -> Result<
             scope.spawn(|| {
                 loop {
                     let Some(kernel) = stale.lock().expect("no thread panics").pop() else { break };
-                    if let Err(problem) = compile(&nvcc, kernel, out) {
+                    if let Err(problem) = compile(&nvcc, kernel, targets, out) {
                         problems.lock().expect("no thread panics").push(problem);
                     }
                 }
@@ -114,13 +120,18 @@ fn compile_all(kernels: &[PathBuf], headers: &SystemTime, out: &Path) -> Result<
     if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }
 }
 
-fn compile(nvcc: &Path, kernel: &Path, out: &Path) -> Result<(), String> {
+fn compile(nvcc: &Path, kernel: &Path, targets: &str, out: &Path) -> Result<(), String> {
     let binary = fat_binary(kernel, out);
     // A failed or interrupted run must not leave something that looks built.
     let partial = binary.with_extension("partial");
     let mut command = Command::new(nvcc);
     command.args(["--fatbin", "-std=c++17", "-O3"]);
-    command.args(TARGETS.iter().map(|target| format!("-gencode={target}")));
+    command.args(targets.split(',').map(|target| match target.strip_suffix('+') {
+        Some(target) => {
+            format!("-gencode=arch=compute_{target},code=[sm_{target},compute_{target}]")
+        }
+        None => format!("-gencode=arch=compute_{target},code=sm_{target}"),
+    }));
     command.arg(kernel).arg("-o").arg(&partial);
     let output = command.output().map_err(|error| format!("{}: {error}", nvcc.display()))?;
     let said = String::from_utf8_lossy(&output.stderr);

@@ -41,6 +41,7 @@ fn cuda_options() -> CudaOptions {
         step_tokens_max: 256,
         context_max: 512,
         sampled_rows_max: 8,
+        graphs: true,
     }
 }
 
@@ -225,7 +226,8 @@ fn neighbours_chunks_slots_blocks_and_padding_change_no_bit() {
             }
             assert_same(&driver, &alone, &format!("model {kind}, chunks of {chunk}"));
         }
-        let mut parked = driver(&gguf);
+        let unrecorded = CudaOptions { graphs: false, ..cuda_options() };
+        let mut parked = Driver::over(backend(&gguf, &unrecorded), 8);
         add_all(&mut parked);
         for round in 0..OUTPUT {
             for index in 0..PROMPTS.len() {
@@ -301,6 +303,15 @@ fn the_real_model_follows_text_as_the_cpu_does_and_knows_a_capital() {
     driver.add(&tokenizer.encode("The capital of France is"), &greedy());
     driver.generate(0, usize::MAX, 2);
     assert_eq!(driver.sequences[0].output(), tokenizer.encode(" Paris."));
+}
+
+#[test]
+fn the_program_does_not_link_with_the_driver() {
+    let program = env!("CARGO_BIN_EXE_forebay");
+    let read = Command::new("readelf").args(["-d", program]).output().expect("binutils");
+    let needed = String::from_utf8_lossy(&read.stdout);
+    assert!(needed.contains("libc.so"), "{needed}");
+    assert!(!needed.contains("libcuda"), "{needed}");
 }
 
 /// Runs all of the above but the real model over the stand-in, in a process of its own: a driver

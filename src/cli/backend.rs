@@ -141,7 +141,9 @@ impl Choice {
                 Ok(backend.description().clone())
             }
             #[cfg(feature = "cuda")]
-            Kind::Cuda(info, _) => Ok(cuda::describe(gguf, &cuda_options(sizes), path(&info))?),
+            Kind::Cuda(info, _) => {
+                Ok(cuda::describe(gguf, &cuda_options(config, sizes), path(&info))?)
+            }
         }
     }
 
@@ -161,7 +163,7 @@ impl Choice {
             Kind::Cpu => Ok(Box::new(load_cpu(config, gguf, sizes, on_complete)?)),
             #[cfg(feature = "cuda")]
             Kind::Cuda(info, gpu) => {
-                let options = cuda_options(sizes);
+                let options = cuda_options(config, sizes);
                 Ok(Box::new(CudaBackend::load(gguf, gpu, path(&info), &options, on_complete)?))
             }
         }
@@ -223,13 +225,14 @@ impl From<cuda::LoadError> for ServerError {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_options(sizes: &BackendSizes) -> CudaOptions {
+fn cuda_options(config: &Config, sizes: &BackendSizes) -> CudaOptions {
     CudaOptions {
         kv_blocks: sizes.kv_blocks,
         rows_max: sizes.rows_max,
         step_tokens_max: sizes.step_tokens_max,
         context_max: sizes.context_max,
         sampled_rows_max: sizes.rows_max,
+        graphs: config.cuda.graphs == config::Graphs::On,
     }
 }
 
@@ -259,6 +262,7 @@ fn automatic_bytes(
         step_tokens_max: limits.step_tokens_max as usize,
         context_max: (limits.context_max as usize).min(model.context),
         sampled_rows_max: limits.running_max as usize,
+        graphs: true,
     };
     let description = cuda::describe(gguf, &options, String::new())?;
     let besides = description.weight_bytes + description.workspace_bytes;

@@ -97,6 +97,17 @@ pub struct Cuda {
     pub device: u32,
     /// How much of the device's free memory is taken when [`Kv::pool_bytes`] does not say.
     pub memory_percent: u32,
+    /// Whether decode steps are recorded once and started as one.
+    pub graphs: Graphs,
+}
+
+/// Whether decode steps are recorded once and started as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Graphs {
+    /// They are.
+    On,
+    /// Every kernel is launched by itself: slower; for finding a fault.
+    Off,
 }
 
 /// Instruction-set path of the CPU backend.
@@ -147,7 +158,7 @@ impl Default for Config {
             limits: Limits::default(),
             kv: Kv { pool_bytes: None },
             compute: Compute { backend: Backend::Auto, threads: None, isa: Isa::Auto },
-            cuda: Cuda { device: 0, memory_percent: 90 },
+            cuda: Cuda { device: 0, memory_percent: 90, graphs: Graphs::On },
             drain: Drain { delay_ms: 0, timeout_ms: 60_000 },
             runtime: Runtime { io: Io::Auto },
         }

@@ -1,7 +1,7 @@
 //! The table of all settings: the only place that knows a setting's name.
 
 use super::value::{Allowed, Unit, Value};
-use super::{Backend, Config, Io, Isa};
+use super::{Backend, Config, Graphs, Io, Isa};
 
 /// A setting.
 pub(super) struct Setting {
@@ -124,6 +124,8 @@ pub(super) const SETTINGS: &[Setting] = &[
         Count,
         "how much of the GPU's free memory may be taken"
     ),
+    choice!("cuda.graphs", cuda.graphs, ["on" => Graphs::On, "off" => Graphs::Off],
+        "whether decode steps are recorded once and started as one; off is slower"),
     choice!("runtime.io", runtime.io,
         ["auto" => Io::Auto, "io_uring" => Io::IoUring, "epoll" => Io::Epoll],
         "how sockets are driven"),

@@ -496,7 +496,7 @@ int cuStreamEndCapture(void *, void **graph) {
   *graph = recording;
   return recording = nullptr, OK;
 }
-int cuGraphInstantiate_v2(void **runnable, void *graph, void *, char *, size_t) {
+int cuGraphInstantiateWithFlags(void **runnable, void *graph, unsigned long long) {
   return *runnable = new Graph(*static_cast<Graph *>(graph)), OK;
 }
 int cuGraphDestroy(void *graph) { return delete static_cast<Graph *>(graph), OK; }

@@ -442,11 +442,10 @@ impl Gpu {
         queued?;
         check("recording a graph", ended)?;
         let mut runnable = null_mut();
-        // SAFETY: the graph was just recorded, `runnable` is written to; no log is asked for. The
-        // graph itself is not needed afterwards.
+        // SAFETY: the graph was just recorded, `runnable` is written to. The graph itself is not
+        // needed afterwards.
         let result = unsafe {
-            let result =
-                sys::cuGraphInstantiate_v2(&mut runnable, graph, null_mut(), null_mut(), 0);
+            let result = sys::cuGraphInstantiateWithFlags(&mut runnable, graph, 0);
             sys::cuGraphDestroy(graph);
             result
         };

@@ -171,7 +171,7 @@ pub struct Staging {
 }
 
 impl Forward {
-    /// Takes all memory, packs the weights into it, and records the decode steps.
+    /// Takes all memory and packs the weights into it.
     ///
     /// # Errors
     /// When the device has too little memory, or refuses something.
@@ -200,7 +200,7 @@ impl Forward {
         let bytes: Vec<u8> = turns.iter().flat_map(|turn| turn.to_le_bytes()).collect();
         // SAFETY: the place was laid out for these values, and no kernel runs yet.
         unsafe { gpu.copy_in(work.at(workspace.rope.at, workspace.rope.bytes), &bytes)? };
-        let mut forward = Forward {
+        Ok(Forward {
             kernels: Kernels::load(&gpu, &config, packed)?,
             config,
             sizes,
@@ -214,9 +214,7 @@ impl Forward {
             work,
             kv: gpu.arena(kv_bytes as usize)?,
             gpu,
-        };
-        forward.record_decode_steps()?;
-        Ok(forward)
+        })
     }
 
     /// The device, for its other uses.
@@ -238,7 +236,11 @@ impl Forward {
         Ok(Staging { upload, results: self.gpu.pinned(self.workspace.results.bytes)? })
     }
 
-    fn record_decode_steps(&mut self) -> Result<(), DriverError> {
+    /// Records decode steps of every size, so that each starts as one.
+    ///
+    /// # Errors
+    /// When the device refuses something.
+    pub fn record_decode_steps(&mut self) -> Result<(), DriverError> {
         let most = memory::padded(self.sizes.rows.min(self.sizes.sampled)).unwrap_or(64);
         for tokens in GRAPH_TOKENS.into_iter().filter(|&tokens| tokens <= most) {
             let splits = memory::splits(self.sizes.context);

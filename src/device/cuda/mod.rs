@@ -47,6 +47,8 @@ pub struct CudaOptions {
     pub context_max: usize,
     /// Rows of a step that sample; each takes a row of logits.
     pub sampled_rows_max: usize,
+    /// Whether decode steps are recorded once and started as one.
+    pub graphs: bool,
 }
 
 impl CudaOptions {
@@ -193,7 +195,10 @@ impl CudaBackend {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         gpu.enter()?;
         let sizes = (options.sizes(), options.kv_blocks);
-        let forward = Forward::new(gpu, (config, &rope), &weights, sizes, threads)?;
+        let mut forward = Forward::new(gpu, (config, &rope), &weights, sizes, threads)?;
+        if options.graphs {
+            forward.record_decode_steps()?;
+        }
         let staging = forward.staging()?;
         let forward = Arc::new(forward);
         let (steps, to_run) = ring(DEPTH);
