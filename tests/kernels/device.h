@@ -45,8 +45,8 @@ public:
 };
 
 std::unique_ptr<Device> make_host_device();
-// From a fatbin file; null, having said why, without a GPU.
-std::unique_ptr<Device> make_cuda_device(const char *fatbin);
+// With kernels of these files (fatbin or cubin); null, having said why, without a GPU.
+std::unique_ptr<Device> make_cuda_device(const std::vector<const char *> &files);
 
 extern Device *device;
 

@@ -65,7 +65,7 @@ public:
     DRIVER(LOOK_UP)
   }
   // Whether there is a GPU, made ready.
-  bool open(const char *fatbin) {
+  bool open(const std::vector<const char *> &files) {
     int index = 0;
     if (driver_.cuInit(0) != 0 || driver_.cuDeviceGet(&index, 0) != 0) {
       fprintf(stderr, "the CUDA driver finds no GPU\n");
@@ -84,7 +84,11 @@ public:
     Handle context;
     check(driver_.cuDevicePrimaryCtxRetain(&context, index), "context");
     check(driver_.cuCtxSetCurrent(context), "context");
-    check(driver_.cuModuleLoadData(&module_, read(fatbin).data()), "cuModuleLoadData");
+    for (const char *file : files) {
+      Handle module;
+      check(driver_.cuModuleLoadData(&module, read(file).data()), file);
+      modules_.push_back(module);
+    }
     check(driver_.cuStreamCreate(&stream_, 1), "stream"); // not after the default stream
     check(driver_.cuEventCreate(&start_, 0), "event");
     check(driver_.cuEventCreate(&end_, 0), "event");
@@ -205,8 +209,10 @@ private:
       return found->second;
     }
     Handle of = nullptr;
-    if (driver_.cuModuleGetFunction(&of, module_, kernel) != 0) {
-      of = nullptr;
+    for (const Handle module : modules_) {
+      if (of == nullptr && driver_.cuModuleGetFunction(&of, module, kernel) != 0) {
+        of = nullptr;
+      }
     }
     return functions_[kernel] = of;
   }
@@ -219,21 +225,22 @@ private:
 
   Driver driver_;
   std::string name_;
-  Handle module_ = nullptr, stream_ = nullptr, start_ = nullptr, end_ = nullptr;
+  std::vector<Handle> modules_;
+  Handle stream_ = nullptr, start_ = nullptr, end_ = nullptr;
   std::map<std::string, Handle> functions_;
   std::map<std::string, size_t> shared_bytes_;
 };
 
 } // namespace
 
-std::unique_ptr<Device> make_cuda_device(const char *fatbin) {
+std::unique_ptr<Device> make_cuda_device(const std::vector<const char *> &files) {
   void *library = dlopen("libcuda.so.1", RTLD_NOW);
   if (library == nullptr) {
     fprintf(stderr, "no CUDA driver: %s\n", dlerror());
     return nullptr;
   }
   auto device = std::make_unique<CudaDevice>(library);
-  if (!device->open(fatbin)) {
+  if (!device->open(files)) {
     return nullptr;
   }
   return device;

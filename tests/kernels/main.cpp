@@ -22,6 +22,9 @@ struct Group {
 const Group groups[] = {
     {"norm", test_norm_and_embedding},
     {"gemm", test_gemm},
+    {"attention", test_attention},
+    {"sampling", test_sampling},
+    {"copies", test_copies},
 };
 
 int test(bool subset, const char *only) {
@@ -42,24 +45,25 @@ int test(bool subset, const char *only) {
 }
 
 int usage() {
-  fprintf(stderr, "usage: kernel-tests [--fatbin FILE] [--subset] [--seed N] [--only GROUP]\n");
+  fprintf(stderr, "usage: kernel-tests [--subset] [--seed N] [--only GROUP] [FATBIN]...\n");
   return 2;
 }
 
 } // namespace
 
 int main(int argc, char **argv) {
-  const char *fatbin = nullptr, *only = nullptr;
+  std::vector<const char *> files;
+  const char *only = nullptr;
   bool subset = false;
   uint32_t seed = 1;
   for (int i = 1; i < argc; i++) {
     const std::string option = argv[i];
     if (option == "--subset") {
       subset = true;
+    } else if (option[0] != '-') {
+      files.push_back(argv[i]);
     } else if (i + 1 >= argc) {
       return usage();
-    } else if (option == "--fatbin") {
-      fatbin = argv[++i];
     } else if (option == "--only") {
       only = argv[++i];
     } else if (option == "--seed") {
@@ -69,17 +73,17 @@ int main(int argc, char **argv) {
     }
   }
 #ifdef FOREBAY_HOST
-  if (fatbin != nullptr) {
+  if (!files.empty()) {
     return usage();
   }
   fb_host_seed(seed);
   const std::unique_ptr<Device> owner = make_host_device();
 #else
   (void)seed;
-  if (fatbin == nullptr) {
+  if (files.empty()) {
     return usage();
   }
-  const std::unique_ptr<Device> owner = make_cuda_device(fatbin);
+  const std::unique_ptr<Device> owner = make_cuda_device(files);
   if (owner == nullptr) {
     return 3; // no GPU
   }
