@@ -16,27 +16,33 @@ namespace {
 constexpr uint32_t kThreads = 1024;
 constexpr uint32_t kList = 4096;            // orders that fit the list
 constexpr uint32_t kStep = kThreads * 4;    // tokens that a CTA looks at in a turn
-constexpr uint32_t kChunk = 128;            // tokens that a warp looks at in a turn
+constexpr uint32_t kChunkSteps = 4;         // turns whose tokens are one chunk of a draw
+constexpr uint32_t kChunk = kStep * kChunkSteps;
 constexpr uint32_t kBiasMax = 300;          // as SamplingParams::LOGIT_BIAS_MAX
 constexpr uint32_t kRankLow = 960;          // of the stripes' maxima: about 2850 tokens lie before it
 constexpr uint32_t kRankTopK = 512;         // below it a stripe's maximum is a good bound of top-k
 constexpr uint64_t kNone = ~0ull;           // after every order
 constexpr uint32_t kAll = 0xffffffffu;      // lanes
 constexpr float kLog2E = 1.44269504f;
-static_assert(kStep % kChunk == 0, "a warp's chunk is whole");
+static_assert(kList == 4 * kThreads, "a list is added up by four a thread");
 
-// A row of logits as a pass sees it.
+// How a pass sees logits.
+struct Penalties {
+  bool any;
+  bool plain; // none, and 16-byte loads are possible
+  float repetition;
+  float inverse; // 1 / repetition
+  float frequency;
+  float presence;
+};
+
+// A row of logits.
 struct Row {
   float *logits;
   uint32_t *counts; // the slot's
   uint32_t vocab;
   uint32_t id_bits;
-  bool penalised;
-  bool plain; // not penalised, and 16-byte loads are possible
-  float repetition;
-  float inverse; // 1 / repetition
-  float frequency;
-  float presence;
+  const Penalties &penalties;
 };
 
 // Log-probabilities in the raw distribution: what to subtract from a logit, and the alternatives.
@@ -54,9 +60,9 @@ struct Scale {
 
 // A search for a cut: the last order with which the running count (or mass) reaches a target.
 struct Search {
-  bool by_mass;
   Scale scale;
-  uint64_t pivots[3];
+  float least; // the smallest logit above minus infinity
+  uint64_t pivots[2];
   // The cut lies between these.
   uint64_t start, end;
   uint64_t before; // what tokens before `start` have
@@ -73,15 +79,15 @@ struct Cut {
 
 struct Shared {
   // What every thread knows, here to spare registers.
-  Row row;
+  Penalties penalties;
   Raw raw;
   uint64_t list[kList];      // orders, or sums of chunks
   uint64_t warps[kThreads / 32];
   uint64_t total;
-  uint64_t warp_mass[3][kThreads / 32];
-  uint32_t warp_count[3][kThreads / 32];
-  uint64_t mass[3]; // of tokens up to each pivot
-  uint32_t count[3];
+  uint64_t warp_mass[2][kThreads / 32];
+  uint32_t warp_count[2][kThreads / 32];
+  uint64_t mass[2]; // of tokens up to each pivot
+  uint32_t count[2];
   Search search;
   float minima[kThreads / 32];
   uint32_t listed;
@@ -93,21 +99,26 @@ struct Shared {
 
 // logit / repetition, rounded once: a quotient, and its remainder's. (A division would be a call.)
 __device__ float divide(float logit, const Row &row) {
-  const float quotient = __fmul_rn(logit, row.inverse);
-  const float rest = __fmaf_rn(-quotient, row.repetition, logit);
-  return fabsf(quotient) < INFINITY ? __fmaf_rn(rest, row.inverse, quotient) : quotient;
+  const float quotient = __fmul_rn(logit, row.penalties.inverse);
+  const float rest = __fmaf_rn(-quotient, row.penalties.repetition, logit);
+  return fabsf(quotient) < INFINITY ? __fmaf_rn(rest, row.penalties.inverse, quotient) : quotient;
 }
 
 __device__ float penalise(const Row &row, float logit, uint32_t count) {
   if (count == 0) {
     return logit;
   }
-  const float scaled = logit > 0 ? divide(logit, row) : __fmul_rn(logit, row.repetition);
+  const float scaled = logit > 0 ? divide(logit, row) : __fmul_rn(logit, row.penalties.repetition);
   const uint32_t output = count & 0x7fffffffu;
   if (output == 0) {
     return scaled;
   }
-  return __fsub_rn(scaled, __fadd_rn(__fmul_rn(row.frequency, (float)output), row.presence));
+  return __fsub_rn(scaled, __fadd_rn(__fmul_rn(row.penalties.frequency, (float)output), row.penalties.presence));
+}
+
+__device__ float logit_at(const Row &row, uint32_t token) {
+  const float logit = row.logits[token];
+  return row.penalties.any ? penalise(row, logit, row.counts[token]) : logit;
 }
 
 // A token's place in the order of likelihood; kNone for a logit that is no number.
@@ -136,12 +147,23 @@ __device__ float weight(const Scale &scale, float logit) {
   return logit <= scale.max ? power : 0;
 }
 
-// A weight of at most 1 in units of 2^-44; 0 for no number.
-__device__ uint64_t to_units(float weight) {
-  const uint32_t bits = __float_as_uint(weight);
-  const uint32_t shift = 146 - (bits >> 23); // 19 for 1
-  const uint64_t mantissa = (uint64_t)(bits << 8 | 0x80000000u) << 32;
-  return shift - 19 < 45 ? mantissa >> shift : 0;
+// A weight of at most 1 in units of 2^-44.
+__device__ uint64_t to_units(float weight) { return (uint64_t)(weight * 0x1p44f); }
+
+// An order taken apart, which passes compare with faster.
+struct Bound {
+  float logit;
+  uint32_t token;
+  __device__ bool reaches(float its_logit, uint32_t its_token) const {
+    // No && and ||: a branch would cost more than it saves.
+    return (its_logit > logit) | ((its_logit == logit) & (its_token <= token));
+  }
+};
+
+__device__ Bound bound_of(const Row &row, uint64_t order) {
+  const float logit = logit_of(row, order);
+  // An order between tokens may say minus zero, which all zeros are before.
+  return {logit, __float_as_uint(logit) == 0x80000000u ? FB_NONE : token_of(row, order)};
 }
 
 // Calls look(first id, four logits) for all tokens, the same number of times in every thread, with
@@ -150,7 +172,7 @@ template <uint32_t kAhead, typename Look>
 __device__ void for_each_four(const Row &row, Look look) {
   const uint32_t own = threadIdx.x * 4, vocab = row.vocab;
   const float *from = row.logits;
-  if (row.plain) {
+  if (row.penalties.plain) {
 #pragma unroll 1
     for (uint32_t base = 0; base < vocab; base += kAhead * kStep) {
       float4 values[kAhead];
@@ -174,10 +196,7 @@ __device__ void for_each_four(const Row &row, Look look) {
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++) {
       const uint32_t token = base + own + i;
-      logits[i] = token < vocab ? from[token] : NAN;
-      if (row.penalised && token < vocab) {
-        logits[i] = penalise(row, logits[i], row.counts[token]);
-      }
+      logits[i] = token < vocab ? logit_at(row, token) : NAN;
     }
     look(base + own, logits);
   }
@@ -246,17 +265,14 @@ __device__ void sort_list(Shared &shared, uint32_t count) {
   }
 }
 
-// The first of `count` (at most kList) values with which the running sum reaches what target(sum of
-// all values) says, in shared.found (`count` if none does), and the sum before it.
-template <typename Value, typename Target>
+// The first of `count` (at most 1024 x kEach) values with which the running sum reaches what
+// target_of(sum of all) says, in shared.found (`count` if none does), and the sum before it.
+template <uint32_t kEach, typename Value, typename Target>
 __device__ void find_crossing(Shared &shared, uint32_t count, Value value, Target target_of) {
-  uint64_t values[kList / kThreads];
+  const uint32_t first = threadIdx.x * kEach, end = min(first + kEach, count);
   uint64_t sum = 0;
-#pragma unroll
-  for (uint32_t i = 0; i < kList / kThreads; i++) {
-    const uint32_t at = threadIdx.x * (kList / kThreads) + i;
-    values[i] = at < count ? value(at) : 0;
-    sum += values[i];
+  for (uint32_t at = first; at < end; at++) {
+    sum += value(at);
   }
   uint64_t before = sum_before(shared, sum);
   const uint64_t target = target_of(shared.total);
@@ -265,16 +281,13 @@ __device__ void find_crossing(Shared &shared, uint32_t count, Value value, Targe
   }
   __syncthreads();
   if (before < target && before + sum >= target) {
-    bool found = false;
-#pragma unroll
-    for (uint32_t i = 0; i < kList / kThreads; i++) {
-      if (!found && before + values[i] >= target) {
-        found = true;
-        shared.found = threadIdx.x * (kList / kThreads) + i;
-        shared.before = before;
-      }
-      before += values[i];
+    uint32_t at = first;
+    for (uint64_t its = value(at); before + its < target; its = value(at)) {
+      before += its;
+      at++;
     }
+    shared.found = at;
+    shared.before = before;
   }
   __syncthreads();
 }
@@ -347,31 +360,28 @@ __device__ uint64_t find_most_likely(Shared &shared, const Row &row, float &leas
   return order;
 }
 
-// Counts and masses of all tokens up to each of the search's three rising pivots.
-__device__ void measure(Shared &shared, const Row &row) {
+// Counts and masses of all tokens up to each of the search's two rising pivots.
+template <bool kByMass> __device__ void measure(Shared &shared, const Row &row) {
   const Scale scale = shared.search.scale;
-  const bool by_mass = shared.search.by_mass;
-  uint64_t mass[3] = {}, pivots[3];
-  uint32_t count[3] = {};
-#pragma unroll
-  for (uint32_t j = 0; j < 3; j++) {
-    pivots[j] = shared.search.pivots[j];
-  }
-  for_each_four<2>(row, [&](uint32_t first, const float(&logits)[4]) {
+  const Bound bounds[2] = {bound_of(row, shared.search.pivots[0]),
+                           bound_of(row, shared.search.pivots[1])};
+  uint64_t mass[2] = {};
+  uint32_t count[2] = {};
+  for_each_four<4>(row, [&](uint32_t first, const float(&logits)[4]) {
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++) {
-      const uint64_t order = order_of(row, logits[i], first + i);
-      const uint64_t units = by_mass ? to_units(weight(scale, logits[i])) : 1;
+      const uint64_t units = kByMass ? to_units(weight(scale, logits[i])) : 1;
 #pragma unroll
-      for (uint32_t j = 0; j < 3; j++) {
-        count[j] += order <= pivots[j] ? 1 : 0;
-        mass[j] += order <= pivots[j] ? units : 0;
+      for (uint32_t j = 0; j < 2; j++) {
+        const bool reached = bounds[j].reaches(logits[i], first + i);
+        count[j] += reached ? 1 : 0;
+        mass[j] += reached ? units : 0;
       }
     }
   });
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
-  for (uint32_t j = 0; j < 3; j++) {
+  for (uint32_t j = 0; j < 2; j++) {
     const uint64_t its_mass = warp_sum(mass[j]);
     const uint32_t its_count = (uint32_t)warp_sum(count[j]);
     if (lane == 0) {
@@ -380,7 +390,7 @@ __device__ void measure(Shared &shared, const Row &row) {
     }
   }
   __syncthreads();
-  if (warp < 3) {
+  if (warp < 2) {
     const uint64_t its_mass = warp_sum(shared.warp_mass[warp][lane]);
     const uint32_t its_count = (uint32_t)warp_sum(shared.warp_count[warp][lane]);
     if (lane == 0) {
@@ -399,9 +409,13 @@ __device__ uint32_t gather(Shared &shared, const Row &row, uint64_t start, uint6
     shared.listed = 0;
   }
   __syncthreads();
+  const float high = logit_of(row, start), low = logit_of(row, end);
   for_each_four<4>(row, [&](uint32_t first, const float(&logits)[4]) {
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++) {
+      if (!(logits[i] >= low && logits[i] <= high)) {
+        continue; // nearly all of them
+      }
       const uint64_t order = order_of(row, logits[i], first + i);
       if (order >= start && order <= end) {
         const uint32_t at = atomicAdd(&shared.listed, 1u);
@@ -418,7 +432,7 @@ __device__ uint32_t gather(Shared &shared, const Row &row, uint64_t start, uint6
 // Narrows a search by what was measured at its pivots.
 __device__ void narrow(Shared &shared) {
   Search &search = shared.search;
-  for (uint32_t i = 0; i < 3; i++) {
+  for (uint32_t i = 0; i < 2; i++) {
     if (shared.mass[i] >= search.target) {
       search.end = search.pivots[i];
       search.end_count = shared.count[i];
@@ -430,15 +444,16 @@ __device__ void narrow(Shared &shared) {
   }
 }
 
-// Pivots at the quarters of a search: of the logits for the first few turns, which suits what models
+// Pivots at the thirds of a search: of the logits for the first few turns, which suits what models
 // give, then of the orders, which ends for sure.
-__device__ void quarter(const Row &row, Search &search, uint32_t turn) {
-  const float high = logit_of(row, search.start), low = logit_of(row, search.end);
+__device__ void divide_range(const Row &row, Search &search, uint32_t turn) {
+  const float high = logit_of(row, search.start);
+  const float low = fmaxf(logit_of(row, search.end), search.least);
   const float span = high - low;
-  for (uint32_t i = 0; i < 3; i++) {
-    uint64_t pivot = search.start + (search.end - search.start) / 4 * (i + 1);
-    if (turn < 5 && span > 0 && span < INFINITY) {
-      pivot = last_order(row, high - span * (0.25f * (float)(i + 1)));
+  for (uint32_t i = 0; i < 2; i++) {
+    uint64_t pivot = search.start + (search.end - search.start) / 3 * (i + 1);
+    if (turn < 6 && span > 0 && span < INFINITY) {
+      pivot = last_order(row, high - span * (0.333333f * (float)(i + 1)));
       pivot = min(max(pivot, search.start), search.end - 1);
     }
     search.pivots[i] = pivot;
@@ -448,56 +463,57 @@ __device__ void quarter(const Row &row, Search &search, uint32_t turn) {
 // Narrows the search until what is left fits the list. The first pivots are set, the last one of
 // them is the last order to count; target_of(sum of all) is asked after the first turn. False if
 // all together do not reach the target.
-template <typename Target>
+template <bool kByMass, typename Target>
 __device__ bool narrow_to_list(Shared &shared, const Row &row, Target target_of) {
   Search &search = shared.search;
 #pragma unroll 1
   for (uint32_t turn = 0;; turn++) {
     __syncthreads(); // pivots are set
-    measure(shared, row);
+    measure<kByMass>(shared, row);
     if (threadIdx.x == 0) {
       if (turn == 0) {
-        search.target = target_of(shared.mass[2]);
+        search.target = target_of(shared.mass[1]);
       }
       narrow(shared);
     }
     __syncthreads();
-    if (turn == 0 && shared.mass[2] < search.target) {
+    if (turn == 0 && shared.mass[1] < search.target) {
       return false;
     }
     // A short count wants all its tokens in the list.
-    const bool is_short = !search.by_mass && search.target <= kList;
+    const bool is_short = !kByMass && search.target <= kList;
     if (search.end_count - (is_short ? 0 : search.before_count) <= kList) {
       return true;
     }
     if (threadIdx.x == 0) {
-      quarter(row, search, turn);
+      divide_range(row, search, turn);
     }
   }
 }
 
 // The cut of the tokens up to `limit` whose running count (or mass) reaches what target_of(sum of
-// all) says. `guess`, `least`: orders to try first.
-template <typename Target>
-__device__ Cut find(Shared &shared, const Row &row, const Scale &scale, bool by_mass,
-                    uint64_t guess, uint64_t least, uint64_t limit, Target target_of) {
+// all) says. `guess`: an order to try first.
+template <bool kByMass, typename Target>
+__device__ Cut find(Shared &shared, const Row &row, const Scale &scale, uint64_t guess,
+                    float least, uint64_t limit, Target target_of) {
   Search &search = shared.search;
   __syncthreads(); // everyone is done with the last search
   if (threadIdx.x == 0) {
-    const uint64_t second = min(least, limit);
-    search = {by_mass, scale, {min(guess, second), second, limit},
-              order_of(row, scale.max, 0), limit, 0, 0, 0, 0};
+    // Tokens at minus infinity have no mass.
+    const uint64_t end = kByMass ? min(last_order(row, least), limit) : limit;
+    search = {scale, least, {min(guess, end), end}, order_of(row, scale.max, 0), end, 0, 0, 0, 0};
   }
-  if (!narrow_to_list(shared, row, target_of)) {
+  if (!narrow_to_list<kByMass>(shared, row, target_of)) {
     return {limit, 0}; // all of them
   }
   const bool whole = search.end_count <= kList;
-  const uint32_t count = gather(shared, row, whole ? 0 : search.start, search.end);
+  const uint64_t start = whole ? order_of(row, scale.max, 0) : search.start;
+  const uint32_t count = gather(shared, row, start, search.end);
   sort_list(shared, count);
-  find_crossing(
+  find_crossing<4>(
       shared, count,
       [&](uint32_t at) {
-        return by_mass ? to_units(weight(scale, logit_of(row, shared.list[at]))) : 1;
+        return kByMass ? to_units(weight(scale, logit_of(row, shared.list[at]))) : 1;
       },
       [&](uint64_t) { return search.target - (whole ? 0 : search.before); });
   const uint32_t found = min(shared.found, count - 1);
@@ -508,7 +524,7 @@ __device__ Cut find(Shared &shared, const Row &row, const Scale &scale, bool by_
 struct Guesses {
   uint64_t low;
   uint64_t top_k;
-  uint64_t least;
+  float least; // the smallest logit above minus infinity
 };
 
 // Sorts the stripes' maxima and reads guesses from them.
@@ -516,7 +532,7 @@ __device__ Guesses guess(Shared &shared, const Row &row, uint32_t top_k, float l
   sort_list(shared, kThreads);
   const Guesses guesses = {shared.list[kRankLow - 1],
                            shared.list[min(max(top_k, 1u), kRankLow) - 1],
-                           last_order(row, least)};
+                           least};
   __syncthreads();
   return guesses;
 }
@@ -527,14 +543,14 @@ __device__ Cut keep_most_likely(Shared &shared, const Row &row, const Scale &sca
   const uint64_t limit = last_order(row, -INFINITY);
   if (count <= kRankTopK && guesses.top_k <= limit) {
     // As many stripes, so as many tokens, reach this maximum.
-    const uint32_t listed = gather(shared, row, 0, guesses.top_k);
+    const uint32_t listed = gather(shared, row, order_of(row, scale.max, 0), guesses.top_k);
     if (listed <= kList) {
       sort_list(shared, listed);
       return {shared.list[count - 1], count};
     }
   }
-  return find(shared, row, scale, false, guesses.top_k, guesses.least, limit,
-                [&](uint64_t) { return (uint64_t)count; });
+  return find<false>(shared, row, scale, guesses.top_k, guesses.least, limit,
+                     [&](uint64_t) { return (uint64_t)count; });
 }
 
 // The cut of top-k and top-p.
@@ -549,9 +565,9 @@ __device__ Cut find_cut(Shared &shared, const Row &row, const Scale &scale, cons
   }
   const auto target_of = [&](uint64_t total) { return part_of(total, slot.top_p); };
   if (cut.listed == 0) {
-    return find(shared, row, scale, true, guesses.low, guesses.least, cut.last, target_of);
+    return find<true>(shared, row, scale, guesses.low, guesses.least, cut.last, target_of);
   }
-  find_crossing(
+  find_crossing<4>(
       shared, cut.listed,
       [&](uint32_t at) { return to_units(weight(scale, logit_of(row, shared.list[at]))); },
       target_of);
@@ -581,35 +597,54 @@ __device__ uint32_t draw_listed(Shared &shared, const Row &row, const Draw &draw
     shared.list[i] = (uint64_t)token_of(row, order) << 32 | __float_as_uint(logit);
   }
   sort_list(shared, count);
-  find_crossing(
+  find_crossing<4>(
       shared, count, [&](uint32_t at) { return draw.units(__uint_as_float((uint32_t)shared.list[at])); },
       [&](uint64_t total) { return draw.target(total); });
   return shared.found < count ? (uint32_t)(shared.list[shared.found] >> 32) : FB_NONE;
 }
 
-// From the whole row: sums of chunks first, then the tokens of one chunk.
+// From the whole row: sums of chunks first, each warp's part on its own; then within a chunk.
 __device__ uint32_t draw_row(Shared &shared, const Row &row, const Draw &draw, uint64_t last) {
+  const Bound bound = bound_of(row, last);
   const auto units = [&](float logit, uint32_t token) {
-    return order_of(row, logit, token) <= last ? draw.units(logit) : 0;
+    return bound.reaches(logit, token) ? draw.units(logit) : 0;
+  };
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t steps = 0;
+  uint64_t sum = 0;
+  const auto store = [&](uint32_t chunk) {
+    sum = warp_sum(sum);
+    if (lane == 0 && chunk < kList / 32) {
+      shared.list[chunk * 32 + warp] = sum;
+    }
+    sum = 0;
   };
   __syncthreads(); // the list is nobody's now
-  for_each_four<2>(row, [&](uint32_t first, const float(&logits)[4]) {
-    uint64_t sum = 0;
+  for_each_four<4>(row, [&](uint32_t first, const float(&logits)[4]) {
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++) {
       sum += units(logits[i], first + i);
     }
-    sum = warp_sum(sum);
-    const uint32_t chunk = first / kChunk;
-    if (threadIdx.x % 32 == 0 && chunk < kList) {
-      shared.list[chunk] = sum;
+    steps++;
+    if (steps % kChunkSteps == 0) {
+      store(steps / kChunkSteps - 1);
     }
   });
+  if (steps % kChunkSteps != 0) {
+    store(steps / kChunkSteps);
+  }
   __syncthreads();
-  const uint32_t chunks = min((row.vocab + kChunk - 1) / kChunk, kList);
+  const uint32_t chunks = min((row.vocab + kChunk - 1) / kChunk, kList / 32);
   uint64_t target = 0;
-  find_crossing(
-      shared, chunks, [&](uint32_t at) { return shared.list[at]; },
+  find_crossing<1>(
+      shared, chunks,
+      [&](uint32_t chunk) {
+        uint64_t all = 0;
+        for (uint32_t i = 0; i < 32; i++) {
+          all += shared.list[chunk * 32 + i];
+        }
+        return all;
+      },
       [&](uint64_t total) { return target = draw.target(total); });
   if (shared.found == chunks) {
     return FB_NONE;
@@ -617,16 +652,9 @@ __device__ uint32_t draw_row(Shared &shared, const Row &row, const Draw &draw, u
   const uint32_t start = shared.found * kChunk;
   target -= shared.before;
   __syncthreads(); // everyone has read
-  find_crossing(
-      shared, kChunk,
-      [&](uint32_t at) -> uint64_t {
-        const uint32_t token = start + at;
-        if (token >= row.vocab) {
-          return 0;
-        }
-        const float logit = row.logits[token];
-        return units(row.penalised ? penalise(row, logit, row.counts[token]) : logit, token);
-      },
+  find_crossing<kChunk / kThreads>(
+      shared, min(kChunk, row.vocab - start),
+      [&](uint32_t at) { return units(logit_at(row, start + at), start + at); },
       [&](uint64_t) { return target; });
   return start + shared.found;
 }
@@ -638,8 +666,7 @@ __device__ uint32_t greedy(const Row &row, uint64_t most_likely) {
     return token_of(row, most_likely);
   }
   for (uint32_t token = 0; token < min(row.vocab, 64u); token++) {
-    const float logit = row.logits[token];
-    if ((row.penalised ? penalise(row, logit, row.counts[token]) : logit) == -INFINITY) {
+    if (logit_at(row, token) == -INFINITY) {
       return token;
     }
   }
@@ -656,11 +683,16 @@ __device__ void find_raw(Shared &shared, const Row &row, uint32_t alternatives,
   const Scale scale = {max, kLog2E};
   const uint64_t all = last_order(row, -INFINITY);
   if (threadIdx.x == 0) {
-    shared.search = {true, scale, {all, all, all}, 0, 0, 0, 0, 0, 0};
+    shared.search = {scale, least, {all, all}, 0, 0, 0, 0, 0, 0};
   }
   __syncthreads();
-  measure(shared, row);
-  const float sum = (float)shared.mass[0] * 0x1p-44f;
+  const bool is_finite = fabsf(max) < INFINITY; // infinity less infinity would be no number
+  if (is_finite) {
+    measure<true>(shared, row);
+  } else {
+    measure<false>(shared, row);
+  }
+  const float sum = is_finite ? (float)shared.mass[0] * 0x1p-44f : 0;
   const uint32_t numbers = shared.count[0];
   const Raw raw = {max, sum > 0 ? logf(sum) : 0};
   const uint32_t count = min(top, numbers);
@@ -694,7 +726,7 @@ __device__ void set_biases(Shared &shared, const Row &row, const fb_bias *biases
     }
     float logit = row.logits[token];
     shared.bias_raw[i] = logit;
-    if (row.penalised) {
+    if (row.penalties.any) {
       shared.bias_counts[i] = row.counts[token];
       logit = penalise(row, logit, row.counts[token]);
       row.counts[token] = 0;
@@ -714,7 +746,7 @@ __device__ float end_biases(Shared &shared, const Row &row, const fb_bias *biase
     raw = biases[i].token == token ? shared.bias_raw[i] : raw; // the first entry's in the end
   }
   __syncthreads();
-  for (uint32_t i = threadIdx.x; i < count && row.penalised; i += kThreads) {
+  for (uint32_t i = threadIdx.x; i < count && row.penalties.any; i += kThreads) {
     const uint32_t its = biases[i].token;
     bool is_first = its < row.vocab;
     for (uint32_t j = 0; j < i; j++) {
@@ -763,26 +795,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const fb_row &step_row = p.rows[p.sampled_rows[index]];
   const fb_slot &slot = p.slots[step_row.slot];
   fb_sampled &result = p.results[index];
-  const Row &row = shared.row;
+  const Row row = {p.logits + (size_t)index * p.vocab,
+                   p.counts + (size_t)step_row.slot * p.vocab, p.vocab,
+                   32u - __clz(p.vocab - 1), shared.penalties};
+  const bool aligned = p.vocab % 4 == 0;
   if (threadIdx.x == 0) {
-    shared.row = {p.logits + (size_t)index * p.vocab,
-                  p.counts + (size_t)step_row.slot * p.vocab,
-                  p.vocab,
-                  32u - __clz(p.vocab - 1),
-                  false,
-                  p.vocab % 4 == 0,
-                  slot.repetition_penalty,
-                  __frcp_rn(slot.repetition_penalty),
-                  slot.frequency_penalty,
-                  slot.presence_penalty};
+    shared.penalties = {false,
+                        aligned,
+                        slot.repetition_penalty,
+                        __frcp_rn(slot.repetition_penalty),
+                        slot.frequency_penalty,
+                        slot.presence_penalty};
   }
   __syncthreads();
   if (slot.logprobs > 0) {
     find_raw(shared, row, slot.logprobs - 1, result);
   }
   if (threadIdx.x == 0) {
-    shared.row.penalised = row.repetition != 1 || row.frequency != 0 || row.presence != 0;
-    shared.row.plain = p.vocab % 4 == 0 && !row.penalised;
+    const bool any = slot.repetition_penalty != 1 || slot.frequency_penalty != 0 ||
+                     slot.presence_penalty != 0;
+    shared.penalties.any = any;
+    shared.penalties.plain = aligned && !any;
   }
   __syncthreads();
   const fb_bias *biases = p.biases + slot.bias_start;
