@@ -50,8 +50,8 @@ typedef uint16_t fb_f16;
 //            in its low half from bit 0 up, the odd ones 1 3 5 7 in its high half from bit 16 up,
 //            so that one shift and one mask bring out the two of a register.
 //   FB_Q4M:  as FB_Q4.                                                         w = d q + m
-// `scales` is [N/16][K/32][16] f16 d of the tile's rows; for FB_Q4M [N/16][K/32][16][2] f16, d and
-// m. Null for FB_BF16.
+// `scales` is [N/16][K/32][8][2] f16: d of the tile's rows g and g+8; for FB_Q4M [N/16][K/32][8][4]
+// f16: d of rows g and g+8, then m of both. Null for FB_BF16.
 typedef enum fb_weight_type { FB_BF16 = 0, FB_Q8 = 1, FB_Q4 = 2, FB_Q4M = 3 } fb_weight_type;
 
 typedef struct fb_weight {

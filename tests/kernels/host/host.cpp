@@ -94,7 +94,7 @@ void *call_function;
   fprintf(stderr, "%s, block (%u %u %u), thread %u: %s\n", kernel_name, blockIdx.x, blockIdx.y,
           blockIdx.z, running, what);
   uint32_t counts[4] = {};
-  for (uint32_t i = 0; i < threads; i++) {
+  for (uint32_t i = 0; i < threads && i < fibers.size(); i++) {
     counts[fibers[i].state]++;
   }
   fprintf(stderr, "threads: %u ready, %u at a barrier, %u in a warp's operation, %u ended\n",
@@ -128,8 +128,7 @@ void start(uint32_t index) {
     fiber.stack = (char *)memory;
   }
   void **top = (void **)(fiber.stack + kStackBytes);
-  *--top = nullptr; // where a call would have left its return address: 16-byte alignment
-  *--top = nullptr;
+  *--top = nullptr; // the return address, after which the stack is aligned as after a call
   *--top = (void *)fiber_main;
   top -= 6;
   memset(top, 0, 48);

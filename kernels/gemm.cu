@@ -1,0 +1,280 @@
+// Products of weights with the step's activations, and what follows each of them.
+//
+// Weights are the rows of mma.m16n8k16, tokens its columns: 1 to 64 tokens cost the same reading of
+// weights, which is what takes the time, and no token's column knows of another. Weights go from
+// memory straight to registers, several tiles ahead of their use, each load of a warp one piece of
+// 256 or 512 bytes. Activations are staged in shared memory by cp.async, for all warps of the block.
+//
+// The order of a token's sum depends on the weight's shape alone: a warp adds its part of K tile by
+// tile, and the parts of a row are added in order.
+#include "abi.h"
+#include "primitives.cuh"
+#include "weights.cuh"
+
+namespace {
+
+constexpr int kThreads = FB_GEMM_WARPS * 32;
+enum Epilogue { STORE, RESIDUAL, QKV, SWIGLU };
+
+// How K is cut: part s of a row has tiles [first(s), first(s + 1)).
+struct Cut {
+  uint32_t tiles, parts;
+  __device__ __forceinline__ uint32_t first(uint32_t part) const {
+    const uint32_t each = tiles / parts, more = tiles % parts;
+    return part * each + min(part, more);
+  }
+};
+
+// The ring of activations: FB_GEMM_STAGES stages, each with CHUNK columns of every part of K for N
+// tokens. A token's 16-byte pieces are turned round by its number, so that the eight rows that
+// ldmatrix reads at once lie in different banks.
+template <int N> struct Ring {
+  static constexpr uint32_t kChunk = N == 64 ? 32 : 64;
+  static constexpr uint32_t kTiles = kChunk / FB_TILE_COLS; // tiles of K in a chunk
+  static constexpr uint32_t kPieces = kChunk / 8;           // of 16 bytes, in a token's row
+  static constexpr uint32_t kPartBytes = N * kChunk * 2;
+
+  unsigned char *shared;
+  uint32_t parts;
+
+  static __device__ __forceinline__ uint32_t offset(uint32_t token, uint32_t piece) {
+    const uint32_t turn = kPieces == 8 ? token & 7 : token >> 1 & 3;
+    return (token * kPieces + (piece ^ turn)) * 16;
+  }
+  __device__ __forceinline__ unsigned char *part(uint32_t chunk, uint32_t part) const {
+    return shared + (chunk % FB_GEMM_STAGES * parts + part) * kPartBytes;
+  }
+
+  // Starts the copies of a chunk. Columns past the end of K and tokens past the last are zeros.
+  __device__ __forceinline__ void fetch(const fb_gemm &p, const Cut &cut, uint32_t chunk,
+                                        uint32_t token, uint32_t tokens) const {
+    const uint32_t columns = p.weight.columns;
+    for (uint32_t at = threadIdx.x; at < parts * N * kPieces; at += kThreads) {
+      const uint32_t piece = at % kPieces, row = at / kPieces % N, s = at / (kPieces * N);
+      const uint32_t column = (cut.first(s) + chunk * kTiles) * FB_TILE_COLS + piece * 8;
+      const bool ok = row < tokens && column < columns;
+      const fb_bf16 *from = p.x + (ok ? (size_t)(token + row) * columns + column : 0);
+      fb_cp_async16(part(chunk, s) + offset(row, piece), from, ok);
+    }
+  }
+};
+
+// Adds a tile of weights times its columns of activations to the sums.
+template <int TYPE, int N>
+__device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const Tile<TYPE> &tile,
+                                         const unsigned char *chunk, uint32_t within,
+                                         uint32_t lane) {
+  uint32_t a[2][4];
+  tile.step(0, a[0]);
+  tile.step(1, a[1]);
+  const TileScales scales = tile.scales();
+  const uint32_t ones[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
+#pragma unroll
+  for (int column = 0; column < N / 8; column++) {
+    uint32_t b[4]; // two steps of 16 rows of K
+    fb_ldmatrix_x4(b, chunk + Ring<N>::offset(column * 8 + lane % 8, within * 4 + lane / 8));
+    float(&sum)[4] = sums[column];
+    if (!Tile<TYPE>::kScaled) {
+      fb_mma_bf16(sum, a[0], b[0], b[1]);
+      fb_mma_bf16(sum, a[1], b[2], b[3]);
+      continue;
+    }
+    float part[4] = {0, 0, 0, 0};
+    fb_mma_bf16(part, a[0], b[0], b[1]);
+    fb_mma_bf16(part, a[1], b[2], b[3]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      sum[i] = __fmaf_rn(part[i], scales.d[i / 2], sum[i]);
+    }
+    if (Tile<TYPE>::kShifted) {
+      // The sum of the activations, in every row.
+      float total[4] = {0, 0, 0, 0};
+      fb_mma_bf16(total, ones, b[0], b[1]);
+      fb_mma_bf16(total, ones, b[2], b[3]);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        sum[i] = __fmaf_rn(total[i], scales.m[i / 2], sum[i]);
+      }
+    }
+  }
+}
+
+// A warp's part of the sums of its 16 rows.
+template <int TYPE, int N>
+__device__ __forceinline__ void accumulate(float (&sums)[N / 8][4], const fb_gemm &p,
+                                           const Ring<N> &ring, const Cut &cut, uint32_t row_tile,
+                                           uint32_t part, uint32_t token, uint32_t tokens) {
+  constexpr uint32_t kAhead = Tile<TYPE>::kAhead, kTiles = Ring<N>::kTiles;
+  const uint32_t lane = threadIdx.x % 32;
+  const bool has_rows = row_tile * FB_TILE_ROWS < p.weight.rows;
+  const uint32_t count = has_rows ? cut.first(part + 1) - cut.first(part) : 0;
+  const size_t first = (size_t)row_tile * cut.tiles + cut.first(part);
+  // The first part is the longest.
+  const uint32_t chunks = (cut.first(1) + kTiles - 1) / kTiles;
+
+  Tile<TYPE> ahead[kAhead];
+#pragma unroll
+  for (uint32_t at = 0; at < kAhead; at++) {
+    if (at < count) {
+      ahead[at].load(p.weight, first + at, lane);
+    }
+  }
+#pragma unroll
+  for (uint32_t chunk = 0; chunk < FB_GEMM_STAGES - 1; chunk++) {
+    if (chunk < chunks) {
+      ring.fetch(p, cut, chunk, token, tokens);
+    }
+    fb_cp_async_commit();
+  }
+  for (uint32_t base = 0; base < chunks; base += kAhead / kTiles) {
+#pragma unroll
+    for (uint32_t turn = 0; turn < kAhead / kTiles; turn++) {
+      const uint32_t chunk = base + turn;
+      if (chunk >= chunks) {
+        break;
+      }
+      fb_cp_async_wait<FB_GEMM_STAGES - 2>();
+      // This chunk is there for all, and all are done with the one before, whose place is next.
+      __syncthreads();
+      if (chunk + FB_GEMM_STAGES - 1 < chunks) {
+        ring.fetch(p, cut, chunk + FB_GEMM_STAGES - 1, token, tokens);
+      }
+      fb_cp_async_commit();
+#pragma unroll
+      for (uint32_t within = 0; within < kTiles; within++) {
+        const uint32_t at = chunk * kTiles + within;
+        if (at < count) {
+          Tile<TYPE> &slot = ahead[turn * kTiles + within];
+          const Tile<TYPE> tile = slot;
+          if (at + kAhead < count) {
+            slot.load(p.weight, first + at + kAhead, lane);
+          }
+          multiply<TYPE, N>(sums, tile, ring.part(chunk, part), within, lane);
+        }
+      }
+    }
+  }
+  fb_cp_async_wait<0>();
+  __syncthreads();
+}
+
+// What becomes of the two rows of a pair.
+__device__ __forceinline__ void swiglu(const fb_gemm &p, uint32_t token, uint32_t pair, float gate,
+                                       float up) {
+  // x / (1 + e^-x)
+  const float e = fb_exp2(__fmul_rn(gate, -1.44269504f));
+  const float silu = __fdiv_rn(gate, __fadd_rn(1.0f, e));
+  p.y16[(size_t)token * (p.weight.rows / 2) + pair] = fb_to_bf16(__fmul_rn(silu, up));
+}
+
+__device__ __forceinline__ void qkv(const fb_gemm &p, uint32_t token, uint32_t pair, float even,
+                                    float odd) {
+  const uint32_t half = p.head_dim / 2, head = pair / half, within = pair % half * 2;
+  if (head < p.heads + p.kv_heads && within < p.rope_dims) {
+    const float2 turn =
+        ((const float2 *)p.rope)[(size_t)p.positions[token] * (p.rope_dims / 2) + within / 2];
+    const float turned = __fmaf_rn(even, turn.x, -__fmul_rn(odd, turn.y));
+    odd = __fmaf_rn(even, turn.y, __fmul_rn(odd, turn.x));
+    even = turned;
+  }
+  const uint32_t both = fb_pack_bf16(even, odd);
+  if (head < p.heads) {
+    ((uint32_t *)p.y16)[(((size_t)token * p.heads + head) * p.head_dim + within) / 2] = both;
+    return;
+  }
+  const uint32_t place = p.kv_places[token];
+  if (place == FB_NONE) {
+    return;
+  }
+  const uint32_t is_value = head >= p.heads + p.kv_heads;
+  const uint32_t kv_head = head - p.heads - (is_value ? p.kv_heads : 0);
+  const size_t plane =
+      ((size_t)(place / FB_BLOCK_POSITIONS) * p.kv_heads + kv_head) * 2 + is_value;
+  const size_t at = plane * FB_BLOCK_POSITIONS + place % FB_BLOCK_POSITIONS;
+  ((uint32_t *)p.kv)[(at * p.head_dim + within) / 2] = both;
+}
+
+// The sum of a value's parts, in order.
+template <int N>
+__device__ __forceinline__ float total(const float *parts, uint32_t tile, uint32_t count,
+                                       uint32_t token, uint32_t row) {
+  const float *part = parts + ((size_t)tile * count * N + token) * FB_GEMM_PITCH + row;
+  float sum = part[0];
+  for (uint32_t s = 1; s < count; s++) {
+    sum = __fadd_rn(sum, part[s * N * FB_GEMM_PITCH]);
+  }
+  return sum;
+}
+
+template <int TYPE, int EPILOGUE, int N> __device__ __forceinline__ void gemm(const fb_gemm &p) {
+  FB_DYNAMIC_SHARED(shared);
+  const uint32_t token = blockIdx.y * N, count = *p.count;
+  if (token >= count) {
+    return;
+  }
+  const uint32_t tokens = min(count - token, (uint32_t)N);
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t tiles = FB_GEMM_WARPS / p.ksplit; // of rows, in this block
+  const uint32_t first_tile = blockIdx.x * tiles;
+  const Cut cut = {p.weight.columns / FB_TILE_COLS, p.ksplit};
+  const Ring<N> ring = {shared, p.ksplit};
+
+  float sums[N / 8][4] = {};
+  accumulate<TYPE, N>(sums, p, ring, cut, first_tile + warp / p.ksplit, warp % p.ksplit, token,
+                      tokens);
+
+  float *parts = (float *)shared; // [warp][token][FB_GEMM_PITCH]
+#pragma unroll
+  for (int column = 0; column < N / 8; column++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint32_t at = column * 8 + lane % 4 * 2 + i % 2, row = lane / 4 + i / 2 * 8;
+      parts[(warp * N + at) * FB_GEMM_PITCH + row] = sums[column][i];
+    }
+  }
+  __syncthreads();
+
+  constexpr bool kPaired = EPILOGUE == QKV || EPILOGUE == SWIGLU;
+  const uint32_t rows = kPaired ? FB_TILE_ROWS / 2 : FB_TILE_ROWS; // or pairs, of a tile
+  for (uint32_t at = threadIdx.x; at < tiles * rows * tokens; at += kThreads) {
+    const uint32_t row = at % rows, tile = at / rows % tiles, column = at / (rows * tiles);
+    const uint32_t out = (first_tile + tile) * rows + row;
+    if (out >= (kPaired ? p.weight.rows / 2 : p.weight.rows)) {
+      continue;
+    }
+    const float first = total<N>(parts, tile, p.ksplit, column, row);
+    if (EPILOGUE == STORE) {
+      p.y32[(size_t)(token + column) * p.weight.rows + out] = first;
+    } else if (EPILOGUE == RESIDUAL) {
+      float *y = p.y32 + (size_t)(token + column) * p.weight.rows + out;
+      *y = __fadd_rn(*y, first);
+    } else {
+      const float second = total<N>(parts, tile, p.ksplit, column, row + 8);
+      EPILOGUE == QKV ? qkv(p, token + column, out, first, second)
+                      : swiglu(p, token + column, out, first, second);
+    }
+  }
+}
+
+} // namespace
+
+#define GEMM(type, TYPE, epilogue, EPILOGUE, n)                                                    \
+  extern "C" __global__ void __launch_bounds__(kThreads, n == 64 ? 1 : 2)                          \
+      forebay_gemm_##type##_##epilogue##_##n(const __grid_constant__ fb_gemm p) {                  \
+    gemm<TYPE, EPILOGUE, n>(p);                                                                    \
+  }
+#define GEMM_SIZES(type, TYPE, epilogue, EPILOGUE)                                                 \
+  GEMM(type, TYPE, epilogue, EPILOGUE, 8)                                                          \
+  GEMM(type, TYPE, epilogue, EPILOGUE, 16)                                                         \
+  GEMM(type, TYPE, epilogue, EPILOGUE, 32)                                                         \
+  GEMM(type, TYPE, epilogue, EPILOGUE, 64)
+#define GEMM_EPILOGUES(type, TYPE)                                                                 \
+  GEMM_SIZES(type, TYPE, store, STORE)                                                             \
+  GEMM_SIZES(type, TYPE, residual, RESIDUAL)                                                       \
+  GEMM_SIZES(type, TYPE, qkv, QKV)                                                                 \
+  GEMM_SIZES(type, TYPE, swiglu, SWIGLU)
+
+GEMM_EPILOGUES(bf16, FB_BF16)
+GEMM_EPILOGUES(q8, FB_Q8)
+GEMM_EPILOGUES(q4, FB_Q4)
+GEMM_EPILOGUES(q4m, FB_Q4M)
