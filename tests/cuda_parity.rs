@@ -328,7 +328,7 @@ fn over_a_stand_in_for_the_driver_all_of_it_holds() {
         .status();
     assert!(built.expect("a C++ compiler, which nvcc needs too").success());
     let ran = Command::new(std::env::current_exe().expect("its path"))
-        .args(["--ignored", "--skip", "the_real_model", "--test-threads", "2"])
+        .args(["--ignored", "--skip", "the_real_model", "--test-threads", "1"])
         .env("LD_LIBRARY_PATH", &folder)
         .output()
         .expect("this test's own program");

@@ -1,7 +1,8 @@
 // A stand-in for the CUDA driver, for machines without a GPU: the functions that the CUDA backend
 // calls, over the host's memory, with every kernel of abi.h written down again in the plainest way.
 // It proves the host's side (what is packed, uploaded, launched and read back, and when), not the
-// kernels: those are tested by themselves.
+// kernels: those are tested by themselves. Compiled with FOREBAY_HOST_KERNELS and linked with the
+// host run of tests/kernels it runs the kernels themselves, slowly.
 //
 // Nothing that is queued runs before somebody waits for it, so that a missing wait, or a buffer
 // written too early, shows. Every pointer that a kernel is given must lie inside one allocation.
@@ -17,6 +18,9 @@
 #include <vector>
 
 #include "../../kernels/abi.h"
+#ifdef FOREBAY_HOST_KERNELS
+#include "../kernels/host/run.h"
+#endif
 
 namespace {
 
@@ -102,14 +106,14 @@ void tile_row(const fb_weight &weight, uint32_t row, std::vector<float> &out) {
         std::memcpy(&bits, bytes + 2 * ((step * 32 + lane) * 8 + value), 2);
         to = from_bf16(bits);
       } else if (weight.type == FB_Q8) {
-        to = from_f16(scales[tile * 16 + r]) * int8_t(bytes[lane * 16 + step * 8 + value]);
+        to = from_f16(scales[tile * 16 + r % 8 * 2 + r / 8]) * int8_t(bytes[lane * 16 + step * 8 + value]);
       } else {
         uint32_t word;
         std::memcpy(&word, bytes + lane * 8 + step * 4, 4);
         float q = float(word >> (4 * (value / 2) + 16 * (value % 2)) & 15);
-        to = weight.type == FB_Q4 ? from_f16(scales[tile * 16 + r]) * (q - 8)
-                                  : from_f16(scales[(tile * 16 + r) * 2]) * q +
-                                        from_f16(scales[(tile * 16 + r) * 2 + 1]);
+        to = weight.type == FB_Q4 ? from_f16(scales[tile * 16 + r % 8 * 2 + r / 8]) * (q - 8)
+                                  : from_f16(scales[tile * 32 + r % 8 * 4 + r / 8]) * q +
+                                        from_f16(scales[tile * 32 + r % 8 * 4 + 2 + r / 8]);
       }
     }
   }
@@ -345,9 +349,22 @@ void count(const fb_count &p, Grid grid) {
   }
 }
 
-template <typename P> Work bound(void **arguments, std::function<void(const P &)> kernel) {
+template <typename P>
+Work bound(const std::string &name, Grid grid, void **arguments,
+           std::function<void(const P &)> plainly) {
   P p = *static_cast<const P *>(arguments[0]);
-  return [p, kernel] { kernel(p); };
+#ifdef FOREBAY_HOST_KERNELS
+  // FOREBAY_TEST_PLAIN=NAME: kernels with that in their name run plainly, to find one that is wrong.
+  const char *plain = std::getenv("FOREBAY_TEST_PLAIN");
+  if (plain && name.find(plain) != std::string::npos) return [=] { plainly(p); };
+  return [=] {
+    const uint32_t blocks[3] = {grid.x, grid.y, grid.z}, block[3] = {grid.threads, 1, 1};
+    fb_host_launch(name.c_str(), blocks, block, grid.shared, &p, sizeof(P));
+  };
+#else
+  (void)name, (void)grid;
+  return [=] { plainly(p); };
+#endif
 }
 
 // The work of a launch; empty for a name that is no kernel's.
@@ -355,25 +372,25 @@ Work launch(const std::string &name, Grid grid, void **arguments) {
   auto begins = [&](const char *prefix) { return name.rfind(prefix, 0) == 0; };
   uint32_t last = uint32_t(std::atoi(name.c_str() + name.rfind('_') + 1));
   if (name == "forebay_embed")
-    return bound<fb_embed>(arguments, [grid](const fb_embed &p) { embed(p, grid); });
+    return bound<fb_embed>(name, grid, arguments, [grid](const fb_embed &p) { embed(p, grid); });
   if (name == "forebay_rmsnorm")
-    return bound<fb_rmsnorm>(arguments, [grid](const fb_rmsnorm &p) { rmsnorm(p, grid); });
+    return bound<fb_rmsnorm>(name, grid, arguments, [grid](const fb_rmsnorm &p) { rmsnorm(p, grid); });
   if (begins("forebay_gemm_")) {
     size_t end = name.rfind('_'), start = name.rfind('_', end - 1) + 1;
     std::string epilogue = name.substr(start, end - start);
-    return bound<fb_gemm>(arguments, [=](const fb_gemm &p) { gemm(p, grid, epilogue, last); });
+    return bound<fb_gemm>(name, grid, arguments, [=](const fb_gemm &p) { gemm(p, grid, epilogue, last); });
   }
   if (begins("forebay_attention_merge_"))
-    return bound<fb_attention>(arguments, [last](const fb_attention &p) { merge(p, last); });
+    return bound<fb_attention>(name, grid, arguments, [last](const fb_attention &p) { merge(p, last); });
   if (begins("forebay_attention_")) {
     bool prefill = begins("forebay_attention_prefill_");
-    return bound<fb_attention>(arguments,
+    return bound<fb_attention>(name, grid, arguments,
                                [=](const fb_attention &p) { attention(p, grid, last, prefill); });
   }
   if (name == "forebay_sample")
-    return bound<fb_sample>(arguments, [grid](const fb_sample &p) { sample(p, grid); });
+    return bound<fb_sample>(name, grid, arguments, [grid](const fb_sample &p) { sample(p, grid); });
   if (name == "forebay_count")
-    return bound<fb_count>(arguments, [grid](const fb_count &p) { count(p, grid); });
+    return bound<fb_count>(name, grid, arguments, [grid](const fb_count &p) { count(p, grid); });
   return {};
 }
 

@@ -335,7 +335,9 @@ impl Runner {
         let vocab = self.forward.config().vocab;
         let rows = step.plan.rows.iter().filter(|row| row.sample);
         for (row, result) in rows.zip(results) {
-            let top_count = (result.top_count as usize).min(abi::FB_TOP_MAX as usize);
+            // What a sequence did not ask for is not written, and may be of another.
+            let wanted = self.arrays.slots[usize::from(row.slot)].logprobs.saturating_sub(1);
+            let top_count = (result.top_count.min(wanted)) as usize;
             let top = result.top_tokens.iter().zip(result.top_logprobs).take(top_count);
             // An id outside the vocabulary would be used as an index by others.
             if result.token as usize >= vocab || top.clone().any(|(&t, _)| t as usize >= vocab) {
@@ -347,10 +349,11 @@ impl Runner {
                 return Err(StepFailure::DeviceLost);
             }
             step.result.top.extend(top.map(|(&token, logprob)| (token, logprob)));
+            let asked = self.arrays.slots[usize::from(row.slot)].logprobs > 0;
             step.result.sampled.push(Sampled {
                 seq: row.seq,
                 token: result.token,
-                logprob: result.logprob,
+                logprob: if asked { result.logprob } else { 0.0 },
                 top_count: top_count as u8,
             });
         }

@@ -251,11 +251,14 @@ impl Block {
 
     fn put(&self, storage: Storage, row: usize, tile: &mut [u8], scales: &mut [u8]) {
         let scale = self.scale.to_le_bytes();
+        // Those of a lane's two rows side by side: one load.
+        let (lane_row, is_second) = (row % 8, row / 8);
         if storage == Storage::Q4Min {
-            scales[4 * row..][..2].copy_from_slice(&scale);
-            scales[4 * row + 2..][..2].copy_from_slice(&self.min.to_le_bytes());
+            scales[2 * (4 * lane_row + is_second)..][..2].copy_from_slice(&scale);
+            let min = self.min.to_le_bytes();
+            scales[2 * (4 * lane_row + 2 + is_second)..][..2].copy_from_slice(&min);
         } else {
-            scales[2 * row..][..2].copy_from_slice(&scale);
+            scales[2 * (2 * lane_row + is_second)..][..2].copy_from_slice(&scale);
         }
         for (column, &quant) in self.quants.iter().enumerate() {
             let Place { step, lane, value } = Place::of(row, column);

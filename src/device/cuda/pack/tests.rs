@@ -32,6 +32,7 @@ fn unpack(matrix: &Matrix, tiles: &[u8], scales: &[u8]) -> Vec<Vec<f32>> {
             let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four"));
             let nibble =
                 || ((word(8 * lane + 4 * step) >> (4 * (i / 2) + 16 * (i % 2))) & 15) as f32;
+            let pair = row % 8 * 2 + row / 8;
             rows[row][tile * TILE_COLUMNS + column] = match matrix.storage {
                 Storage::Bf16 => {
                     let at = 2 * (step * 256 + lane * 8 + i);
@@ -39,11 +40,12 @@ fn unpack(matrix: &Matrix, tiles: &[u8], scales: &[u8]) -> Vec<Vec<f32>> {
                 }
                 Storage::Q8 => {
                     let quant = bytes[lane * 16 + step * 8 + i] as i8;
-                    half_at(scales, row) * f32::from(quant)
+                    half_at(scales, pair) * f32::from(quant)
                 }
-                Storage::Q4 => half_at(scales, row) * (nibble() - 8.0),
+                Storage::Q4 => half_at(scales, pair) * (nibble() - 8.0),
                 Storage::Q4Min => {
-                    half_at(scales, 2 * row) * nibble() + half_at(scales, 2 * row + 1)
+                    let four = row % 8 * 4 + row / 8;
+                    half_at(scales, four) * nibble() + half_at(scales, four + 2)
                 }
             };
         }
