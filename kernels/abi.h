@@ -139,9 +139,22 @@ static inline uint32_t fb_ksplit(uint32_t n, uint32_t k) {
   return split;
 }
 
-// Columns of X that a CTA has in a stage of its ring, for each part of K; and the stages.
+// Columns of every part of K that a block works on between two barriers.
 static inline uint32_t fb_gemm_chunk(uint32_t n) { return n == 64 ? 32 : 64; }
-#define FB_GEMM_STAGES 3
+
+// Bytes of a tile of weights with its scales.
+static inline uint32_t fb_tile_bytes(uint32_t type) {
+  return type == FB_BF16 ? 1024 : type == FB_Q8 ? 544 : type == FB_Q4 ? 288 : 320;
+}
+
+// Chunks of weights that each warp has on their way or at hand: with the activations, what lets two
+// blocks share a multiprocessor, and three or four with few tokens.
+static inline uint32_t fb_gemm_stages(uint32_t type, uint32_t n) {
+  if (n == 64) {
+    return type == FB_BF16 ? 5 : 8;
+  }
+  return type == FB_BF16 ? (n == 32 ? 3 : 4) : type == FB_Q8 ? 5 : 8;
+}
 // Floats between two tokens of a warp's part of the result in shared memory: 16 rows, and 4 so that
 // a warp's stores meet no bank twice.
 #define FB_GEMM_PITCH 20
@@ -151,11 +164,15 @@ static inline uint32_t fb_gemm_grid_x(uint32_t rows, uint32_t ksplit) {
   return (tiles + each - 1) / each;
 }
 
-// Dynamic shared memory: the ring of X, then, in the same place, the parts of the result.
-static inline uint32_t fb_gemm_shared_bytes(uint32_t n, uint32_t ksplit) {
-  const uint32_t ring = FB_GEMM_STAGES * ksplit * n * fb_gemm_chunk(n) * 2;
+// Dynamic shared memory: two chunks of X and the warps' weights; then, in the same place, the parts
+// of the result.
+static inline uint32_t fb_gemm_shared_bytes(uint32_t type, uint32_t n, uint32_t ksplit) {
+  const uint32_t chunk = fb_gemm_chunk(n);
+  const uint32_t weights =
+      FB_GEMM_WARPS * fb_gemm_stages(type, n) * (chunk / FB_TILE_COLS) * fb_tile_bytes(type);
+  const uint32_t used = 2 * ksplit * n * chunk * 2 + weights;
   const uint32_t parts = FB_GEMM_WARPS * n * FB_GEMM_PITCH * 4;
-  return ring > parts ? ring : parts;
+  return used > parts ? used : parts;
 }
 
 typedef struct fb_gemm {

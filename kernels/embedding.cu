@@ -15,7 +15,8 @@ __device__ float2 row_pair(const fb_weight &w, uint32_t row, uint32_t pair) {
   // The register of the step: rows from 8 on are odd ones, columns from 8 on the later two.
   const uint32_t i = in_step / 8 * 2 + row % 16 / 8;
   Tile<TYPE> values;
-  values.load(w, tile, lane);
+  values.read((const char *)w.tiles + tile * Tile<TYPE>::kBytes,
+              (const char *)w.scales + tile * Tile<TYPE>::kScaleBytes, lane);
   uint32_t a[4];
   column % 32 < 16 ? values.step(0, a) : values.step(1, a);
   const uint32_t two = i == 0 ? a[0] : i == 1 ? a[1] : i == 2 ? a[2] : a[3];

@@ -1,9 +1,11 @@
 // Products of weights with the step's activations, and what follows each of them.
 //
 // Weights are the rows of mma.m16n8k16, tokens its columns: 1 to 64 tokens cost the same reading of
-// weights, which is what takes the time, and no token's column knows of another. Weights go from
-// memory straight to registers, several tiles ahead of their use, each load of a warp one piece of
-// 256 or 512 bytes. Activations are staged in shared memory by cp.async, for all warps of the block.
+// weights, which is what takes the time, and no token's column knows of another. Each warp has a
+// ring of its own for its weights, filled by cp.async several chunks ahead: what is on its way does
+// not hang on registers. (Loads into registers were tried: whichever is waited for, later ones that
+// share its scoreboard are waited for too, and half of the bandwidth was all there was.) Activations
+// come out of L2 through registers, a chunk ahead, into shared memory for all warps of the block.
 //
 // The order of a token's sum depends on the weight's shape alone: a warp adds its part of K tile by
 // tile, and the parts of a row are added in order.
@@ -18,44 +20,118 @@ enum Epilogue { STORE, RESIDUAL, QKV, SWIGLU };
 
 // How K is cut: part s of a row has tiles [first(s), first(s + 1)).
 struct Cut {
-  uint32_t tiles, parts;
+  uint32_t parts, each, more;
   __device__ __forceinline__ uint32_t first(uint32_t part) const {
-    const uint32_t each = tiles / parts, more = tiles % parts;
     return part * each + min(part, more);
   }
 };
 
-// The ring of activations: FB_GEMM_STAGES stages, each with CHUNK columns of every part of K for N
-// tokens. A token's 16-byte pieces are turned round by its number, so that the eight rows that
-// ldmatrix reads at once lie in different banks.
-template <int N> struct Ring {
+// Chunks of activations in shared memory: CHUNK columns of every part of K for N tokens, two times.
+// A token's 16-byte pieces are turned round by its number, so that the eight rows that ldmatrix
+// reads at once lie in different banks.
+template <int N> struct Activations {
   static constexpr uint32_t kChunk = N == 64 ? 32 : 64;
   static constexpr uint32_t kTiles = kChunk / FB_TILE_COLS; // tiles of K in a chunk
   static constexpr uint32_t kPieces = kChunk / 8;           // of 16 bytes, in a token's row
   static constexpr uint32_t kPartBytes = N * kChunk * 2;
+  static constexpr uint32_t kHeld = FB_GEMM_WARPS * N * kPieces / kThreads; // pieces of a thread
 
   unsigned char *shared;
-  uint32_t parts;
+  const fb_bf16 *x;
+  Cut cut;
+  uint32_t bytes; // of a chunk
+  uint32_t end;   // elements of x that are real
+  uint32_t from;  // this thread's token and piece, in the first column of K
+  uint4 held[kHeld];
 
   static __device__ __forceinline__ uint32_t offset(uint32_t token, uint32_t piece) {
     const uint32_t turn = kPieces == 8 ? token & 7 : token >> 1 & 3;
     return (token * kPieces + (piece ^ turn)) * 16;
   }
-  __device__ __forceinline__ unsigned char *part(uint32_t chunk, uint32_t part) const {
-    return shared + (chunk % FB_GEMM_STAGES * parts + part) * kPartBytes;
+
+  // All pieces of a thread belong to the same token and columns, each to another part of K.
+  __device__ __forceinline__ uint32_t part_of(uint32_t i) const {
+    return i * (kThreads / (kPieces * N)) + threadIdx.x / (kPieces * N);
   }
 
-  // Starts the copies of a chunk. Columns past the end of K and tokens past the last are zeros.
-  __device__ __forceinline__ void fetch(const fb_gemm &p, const Cut &cut, uint32_t chunk,
-                                        uint32_t token, uint32_t tokens) const {
-    const uint32_t columns = p.weight.columns;
-    for (uint32_t at = threadIdx.x; at < parts * N * kPieces; at += kThreads) {
-      const uint32_t piece = at % kPieces, row = at / kPieces % N, s = at / (kPieces * N);
-      const uint32_t column = (cut.first(s) + chunk * kTiles) * FB_TILE_COLS + piece * 8;
-      const bool ok = row < tokens && column < columns;
-      const fb_bf16 *from = p.x + (ok ? (size_t)(token + row) * columns + column : 0);
-      fb_cp_async16(part(chunk, s) + offset(row, piece), from, ok);
+  __device__ __forceinline__ void start(const fb_gemm &p, const Cut &of, unsigned char *memory,
+                                        uint32_t token, uint32_t count) {
+    shared = memory;
+    x = p.x;
+    cut = of;
+    bytes = cut.parts * kPartBytes;
+    end = count * p.weight.columns;
+    const uint32_t piece = threadIdx.x % kPieces, row = threadIdx.x / kPieces % N;
+    from = (token + row) * p.weight.columns + piece * 8;
+  }
+
+  // Takes a chunk into registers. Past a row's end comes the next row's beginning, which is not
+  // used; past the last row, zeros.
+  __device__ __forceinline__ void take(uint32_t chunk) {
+#pragma unroll
+    for (uint32_t i = 0; i < kHeld; i++) {
+      const uint32_t at = from + (cut.first(part_of(i)) + chunk * kTiles) * FB_TILE_COLS;
+      const bool ok = part_of(i) < cut.parts && at < end;
+      held[i] = ok ? *(const uint4 *)(x + at) : make_uint4(0, 0, 0, 0);
     }
+  }
+
+  // Puts what was taken in its place. A thread's pieces lie whole rows of eight apart, so their
+  // turn is the same.
+  __device__ __forceinline__ void put(uint32_t chunk) const {
+    unsigned char *to = shared + chunk % 2 * bytes;
+    const uint32_t turn = threadIdx.x / 8 & (kPieces - 1);
+#pragma unroll
+    for (uint32_t i = 0; i < kHeld; i++) {
+      const uint32_t at = threadIdx.x + i * kThreads;
+      if (at * 16 < bytes) {
+        *(uint4 *)(to + (at ^ turn) * 16) = held[i];
+      }
+    }
+  }
+
+  __device__ __forceinline__ const unsigned char *part(uint32_t chunk, uint32_t part) const {
+    return shared + chunk % 2 * bytes + part * kPartBytes;
+  }
+};
+
+// A warp's ring of weights: STAGES chunks of its tiles, their scales behind them.
+template <int TYPE, int N> struct Weights {
+  static constexpr uint32_t kTiles = Activations<N>::kTiles;
+  static constexpr uint32_t kTileBytes = kTiles * Tile<TYPE>::kBytes;
+  static constexpr uint32_t kScaleBytes = kTiles * Tile<TYPE>::kScaleBytes;
+  static constexpr uint32_t kStageBytes = kTileBytes + kScaleBytes;
+  static constexpr uint32_t kStages =
+      N == 64 ? (TYPE == FB_BF16 ? 5 : 8)
+              : (TYPE == FB_BF16 ? (N == 32 ? 3 : 4) : (TYPE == FB_Q8 ? 5 : 8));
+
+  unsigned char *shared;
+  const unsigned char *tiles, *scales;
+  uint32_t count; // of the warp's tiles
+
+  // Starts the copies of a chunk. Past the last tile nothing is read.
+  __device__ __forceinline__ void fetch(uint32_t chunk, uint32_t lane) const {
+    unsigned char *to = shared + chunk % kStages * kStageBytes;
+    const uint32_t done = chunk * kTiles, left = count > done ? count - done : 0;
+#pragma unroll
+    for (uint32_t at = 0; at < kTileBytes; at += 512) {
+      const uint32_t byte = at + lane * 16;
+      fb_cp_async16(to + byte, tiles + (size_t)done * Tile<TYPE>::kBytes + byte,
+                    byte < left * Tile<TYPE>::kBytes);
+    }
+    if (Tile<TYPE>::kScaled && lane * 16 < kScaleBytes) {
+      fb_cp_async16(to + kTileBytes + lane * 16,
+                    scales + (size_t)done * Tile<TYPE>::kScaleBytes + lane * 16,
+                    lane * 16 < left * Tile<TYPE>::kScaleBytes);
+    }
+  }
+
+  __device__ __forceinline__ Tile<TYPE> tile(uint32_t chunk, uint32_t within, uint32_t lane) const {
+    const unsigned char *stage = shared + chunk % kStages * kStageBytes;
+    Tile<TYPE> tile;
+    tile.read(stage + within * Tile<TYPE>::kBytes,
+              stage + kTileBytes + within * Tile<TYPE>::kScaleBytes, lane);
+    return tile;
   }
 };
 
@@ -72,7 +148,7 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const Tile<TYP
 #pragma unroll
   for (int column = 0; column < N / 8; column++) {
     uint32_t b[4]; // two steps of 16 rows of K
-    fb_ldmatrix_x4(b, chunk + Ring<N>::offset(column * 8 + lane % 8, within * 4 + lane / 8));
+    fb_ldmatrix_x4(b, chunk + Activations<N>::offset(column * 8 + lane % 8, within * 4 + lane / 8));
     float(&sum)[4] = sums[column];
     if (!Tile<TYPE>::kScaled) {
       fb_mma_bf16(sum, a[0], b[0], b[1]);
@@ -102,55 +178,47 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const Tile<TYP
 // A warp's part of the sums of its 16 rows.
 template <int TYPE, int N>
 __device__ __forceinline__ void accumulate(float (&sums)[N / 8][4], const fb_gemm &p,
-                                           const Ring<N> &ring, const Cut &cut, uint32_t row_tile,
-                                           uint32_t part, uint32_t token, uint32_t tokens) {
-  constexpr uint32_t kAhead = Tile<TYPE>::kAhead, kTiles = Ring<N>::kTiles;
-  const uint32_t lane = threadIdx.x % 32;
-  const bool has_rows = row_tile * FB_TILE_ROWS < p.weight.rows;
-  const uint32_t count = has_rows ? cut.first(part + 1) - cut.first(part) : 0;
-  const size_t first = (size_t)row_tile * cut.tiles + cut.first(part);
+                                           unsigned char *shared, const Cut &cut,
+                                           uint32_t row_tile, uint32_t part, uint32_t token,
+                                           uint32_t count) {
+  using X = Activations<N>;
+  using W = Weights<TYPE, N>;
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // The first part is the longest.
-  const uint32_t chunks = (cut.first(1) + kTiles - 1) / kTiles;
+  const uint32_t chunks = (cut.first(1) + X::kTiles - 1) / X::kTiles;
+  const size_t first =
+      (size_t)row_tile * (p.weight.columns / FB_TILE_COLS) + cut.first(part);
+  const bool has_rows = row_tile * FB_TILE_ROWS < p.weight.rows;
 
-  Tile<TYPE> ahead[kAhead];
+  X x;
+  x.start(p, cut, shared, token, count);
+  W weights;
+  weights.shared = shared + 2 * x.bytes + warp * (W::kStages * W::kStageBytes);
+  weights.tiles = (const unsigned char *)p.weight.tiles + first * Tile<TYPE>::kBytes;
+  weights.scales = (const unsigned char *)p.weight.scales + first * Tile<TYPE>::kScaleBytes;
+  weights.count = has_rows ? cut.first(part + 1) - cut.first(part) : 0;
+
 #pragma unroll
-  for (uint32_t at = 0; at < kAhead; at++) {
-    if (at < count) {
-      ahead[at].load(p.weight, first + at, lane);
-    }
-  }
-#pragma unroll
-  for (uint32_t chunk = 0; chunk < FB_GEMM_STAGES - 1; chunk++) {
-    if (chunk < chunks) {
-      ring.fetch(p, cut, chunk, token, tokens);
-    }
+  for (uint32_t chunk = 0; chunk < W::kStages - 1; chunk++) {
+    weights.fetch(chunk, lane);
     fb_cp_async_commit();
   }
-  for (uint32_t base = 0; base < chunks; base += kAhead / kTiles) {
+  x.take(0);
+  x.put(0);
+  x.take(1);
+  for (uint32_t chunk = 0; chunk < chunks; chunk++) {
+    fb_cp_async_wait<W::kStages - 2>();
+    // This chunk is there for all, and all are done with the one before, whose place is next.
+    __syncthreads();
+    x.put(chunk + 1);
+    x.take(chunk + 2);
+    weights.fetch(chunk + W::kStages - 1, lane);
+    fb_cp_async_commit();
 #pragma unroll
-    for (uint32_t turn = 0; turn < kAhead / kTiles; turn++) {
-      const uint32_t chunk = base + turn;
-      if (chunk >= chunks) {
-        break;
-      }
-      fb_cp_async_wait<FB_GEMM_STAGES - 2>();
-      // This chunk is there for all, and all are done with the one before, whose place is next.
-      __syncthreads();
-      if (chunk + FB_GEMM_STAGES - 1 < chunks) {
-        ring.fetch(p, cut, chunk + FB_GEMM_STAGES - 1, token, tokens);
-      }
-      fb_cp_async_commit();
-#pragma unroll
-      for (uint32_t within = 0; within < kTiles; within++) {
-        const uint32_t at = chunk * kTiles + within;
-        if (at < count) {
-          Tile<TYPE> &slot = ahead[turn * kTiles + within];
-          const Tile<TYPE> tile = slot;
-          if (at + kAhead < count) {
-            slot.load(p.weight, first + at + kAhead, lane);
-          }
-          multiply<TYPE, N>(sums, tile, ring.part(chunk, part), within, lane);
-        }
+    for (uint32_t within = 0; within < X::kTiles; within++) {
+      if (chunk * X::kTiles + within < weights.count) {
+        multiply<TYPE, N>(sums, weights.tile(chunk, within, lane), x.part(chunk, part), within,
+                          lane);
       }
     }
   }
@@ -216,12 +284,12 @@ template <int TYPE, int EPILOGUE, int N> __device__ __forceinline__ void gemm(co
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t tiles = FB_GEMM_WARPS / p.ksplit; // of rows, in this block
   const uint32_t first_tile = blockIdx.x * tiles;
-  const Cut cut = {p.weight.columns / FB_TILE_COLS, p.ksplit};
-  const Ring<N> ring = {shared, p.ksplit};
+  const uint32_t k_tiles = p.weight.columns / FB_TILE_COLS;
+  const Cut cut = {p.ksplit, k_tiles / p.ksplit, k_tiles % p.ksplit};
 
   float sums[N / 8][4] = {};
-  accumulate<TYPE, N>(sums, p, ring, cut, first_tile + warp / p.ksplit, warp % p.ksplit, token,
-                      tokens);
+  accumulate<TYPE, N>(sums, p, shared, cut, first_tile + warp / p.ksplit, warp % p.ksplit, token,
+                      count);
 
   float *parts = (float *)shared; // [warp][token][FB_GEMM_PITCH]
 #pragma unroll
@@ -259,7 +327,7 @@ template <int TYPE, int EPILOGUE, int N> __device__ __forceinline__ void gemm(co
 } // namespace
 
 #define GEMM(type, TYPE, epilogue, EPILOGUE, n)                                                    \
-  extern "C" __global__ void __launch_bounds__(kThreads, n == 64 ? 1 : 2)                          \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2)                          \
       forebay_gemm_##type##_##epilogue##_##n(const __grid_constant__ fb_gemm p) {                  \
     gemm<TYPE, EPILOGUE, n>(p);                                                                    \
   }

@@ -14,17 +14,22 @@ struct TileScales {
   float m[2];
 };
 
+// Of two f16 in a register, the lower and the higher.
+__device__ __forceinline__ float low_f16(uint32_t two) { return fb_from_f16((uint16_t)two); }
+__device__ __forceinline__ float high_f16(uint32_t two) { return fb_from_f16((uint16_t)(two >> 16)); }
+
+// kBytes and kScaleBytes are a tile's; `tile` and `scales` point to its own. `step` gives the four
+// registers of one of its two steps of 16 columns.
 template <int TYPE> struct Tile;
 
 template <> struct Tile<FB_BF16> {
-  uint4 values[2];
-  static constexpr int kAhead = 4; // tiles that a warp has on their way: 4 KiB
+  static constexpr uint32_t kBytes = 1024, kScaleBytes = 0;
   static constexpr bool kScaled = false, kShifted = false;
+  uint4 values[2];
 
-  __device__ __forceinline__ void load(const fb_weight &w, size_t tile, uint32_t lane) {
-    const uint4 *from = (const uint4 *)w.tiles + tile * 64 + lane;
-    values[0] = fb_load_stream(from);
-    values[1] = fb_load_stream(from + 32);
+  __device__ __forceinline__ void read(const void *tile, const void *, uint32_t lane) {
+    values[0] = ((const uint4 *)tile)[lane];
+    values[1] = ((const uint4 *)tile)[32 + lane];
   }
   __device__ __forceinline__ void step(int s, uint32_t (&a)[4]) const {
     a[0] = values[s].x, a[1] = values[s].y, a[2] = values[s].z, a[3] = values[s].w;
@@ -32,19 +37,15 @@ template <> struct Tile<FB_BF16> {
   __device__ __forceinline__ TileScales scales() const { return {}; }
 };
 
-// Of two f16 in a register, the lower and the higher.
-__device__ __forceinline__ float low_f16(uint32_t two) { return fb_from_f16((uint16_t)two); }
-__device__ __forceinline__ float high_f16(uint32_t two) { return fb_from_f16((uint16_t)(two >> 16)); }
-
 template <> struct Tile<FB_Q8> {
+  static constexpr uint32_t kBytes = 512, kScaleBytes = 32;
+  static constexpr bool kScaled = true, kShifted = false;
   uint4 values;
   uint32_t d; // of both rows
-  static constexpr int kAhead = 4;
-  static constexpr bool kScaled = true, kShifted = false;
 
-  __device__ __forceinline__ void load(const fb_weight &w, size_t tile, uint32_t lane) {
-    values = fb_load_stream((const uint4 *)w.tiles + tile * 32 + lane);
-    d = ((const uint32_t *)w.scales)[tile * 8 + lane / 4];
+  __device__ __forceinline__ void read(const void *tile, const void *scales, uint32_t lane) {
+    values = ((const uint4 *)tile)[lane];
+    d = ((const uint32_t *)scales)[lane / 4];
   }
   __device__ __forceinline__ void step(int s, uint32_t (&a)[4]) const {
     const uint32_t words[2] = {s ? values.z : values.x, s ? values.w : values.y};
@@ -62,20 +63,20 @@ template <> struct Tile<FB_Q8> {
   }
 };
 
-// A register's two values of 0 to 15, less `offset`.
-__device__ __forceinline__ uint32_t nibbles(uint32_t word, int i, uint32_t minus_128_and_offset) {
-  return fb_add_bf16x2((word >> (4 * i) & 0x000f000fu) | kMagic, minus_128_and_offset);
+// A register's two values of 0 to 15, and what is added to them and to the magic 128.
+__device__ __forceinline__ uint32_t nibbles(uint32_t word, int i, uint32_t addend) {
+  return fb_add_bf16x2((word >> (4 * i) & 0x000f000fu) | kMagic, addend);
 }
 
 template <> struct Tile<FB_Q4> {
+  static constexpr uint32_t kBytes = 256, kScaleBytes = 32;
+  static constexpr bool kScaled = true, kShifted = false;
   uint2 values;
   uint32_t d; // of both rows
-  static constexpr int kAhead = 8;
-  static constexpr bool kScaled = true, kShifted = false;
 
-  __device__ __forceinline__ void load(const fb_weight &w, size_t tile, uint32_t lane) {
-    values = fb_load_stream8((const uint2 *)w.tiles + tile * 32 + lane);
-    d = ((const uint32_t *)w.scales)[tile * 8 + lane / 4];
+  __device__ __forceinline__ void read(const void *tile, const void *scales, uint32_t lane) {
+    values = ((const uint2 *)tile)[lane];
+    d = ((const uint32_t *)scales)[lane / 4];
   }
   __device__ __forceinline__ void step(int s, uint32_t (&a)[4]) const {
 #pragma unroll
@@ -89,14 +90,14 @@ template <> struct Tile<FB_Q4> {
 };
 
 template <> struct Tile<FB_Q4M> {
+  static constexpr uint32_t kBytes = 256, kScaleBytes = 64;
+  static constexpr bool kScaled = true, kShifted = true;
   uint2 values;
   uint2 dm; // d of both rows, m of both
-  static constexpr int kAhead = 4; // more spill beside 32 tokens
-  static constexpr bool kScaled = true, kShifted = true;
 
-  __device__ __forceinline__ void load(const fb_weight &w, size_t tile, uint32_t lane) {
-    values = fb_load_stream8((const uint2 *)w.tiles + tile * 32 + lane);
-    dm = ((const uint2 *)w.scales)[tile * 8 + lane / 4];
+  __device__ __forceinline__ void read(const void *tile, const void *scales, uint32_t lane) {
+    values = ((const uint2 *)tile)[lane];
+    dm = ((const uint2 *)scales)[lane / 4];
   }
   __device__ __forceinline__ void step(int s, uint32_t (&a)[4]) const {
 #pragma unroll

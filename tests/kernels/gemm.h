@@ -15,5 +15,5 @@ inline void launch_gemm(fb_gemm &p, Epilogue epilogue, uint32_t n, uint32_t toke
   p.ksplit = fb_ksplit(p.weight.rows, p.weight.columns);
   const Grid grid = {fb_gemm_grid_x(p.weight.rows, p.ksplit), (tokens + n - 1) / n, 1};
   device->run(gemm_kernel(p.weight.type, epilogue, n), grid, FB_GEMM_WARPS * 32,
-              fb_gemm_shared_bytes(n, p.ksplit), p);
+              fb_gemm_shared_bytes(p.weight.type, n, p.ksplit), p);
 }

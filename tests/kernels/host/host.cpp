@@ -141,7 +141,7 @@ void start(uint32_t index) {
 }
 
 void run_block() {
-  memset(dynamic_shared.data(), kNaN, dynamic_shared.size());
+  std::fill(dynamic_shared.begin(), dynamic_shared.end(), (char)kNaN);
   if (__start_fb_shared != nullptr) {
     memset(__start_fb_shared, kNaN, __stop_fb_shared - __start_fb_shared);
   }
