@@ -76,6 +76,8 @@ pub mod message;
 #[cfg(feature = "server")]
 pub mod model;
 #[cfg(feature = "core")]
+pub mod ports;
+#[cfg(feature = "core")]
 pub mod ring;
 #[cfg(feature = "server")]
 pub mod runtime;

@@ -6,9 +6,9 @@ use std::rc::Rc;
 
 use forebay::base::{Instant, Prng, Ratio};
 use forebay::device::DeviceCore;
-use forebay::engine::ports::{connect_device, connect_front};
 use forebay::engine::{EngineConfig, EngineCore};
 use forebay::message::EVENT_BATCHES;
+use forebay::ports::{connect_device, connect_front};
 use forebay::request::{FinishReason, RejectReason};
 use forebay::ring::Doorbell;
 
