@@ -13,13 +13,13 @@ use super::plan;
 use crate::base::{Instant, TokenTable};
 use crate::config::Config;
 use crate::device::{self, Backend, BackendDescription, DeviceCore};
-use crate::engine::ports::{DeviceEnds, FrontEnds, connect_device, connect_front};
 use crate::engine::stats::StatsBoard;
 use crate::engine::{self, EngineConfig, EngineCore};
 use crate::front::net::{ListenSettings, Net, NetSettings};
-use crate::front::{self, FrontCore, FrontLinks, FrontSettings, ModelTokenise};
+use crate::front::{self, FrontCore, FrontSettings, ModelTokenise};
 use crate::limits::{Envelope, Limits, Lowered};
 use crate::model::{ChatTemplate, Gguf, GgufError, ModelConfig, Tokenizer};
+use crate::ports::{DeviceEnds, FrontEnds, connect_device, connect_front};
 use crate::ring::Doorbell;
 use crate::runtime::stall::StallWatch;
 use crate::runtime::topology::{CoreMap, Role};
@@ -466,8 +466,6 @@ async fn run_front(
     let (_, address) = net.listen(door.listen, &listen_settings)?;
     // The starter waits for this; if it has gone it does not mind.
     let _ = door.listening.send(address);
-    let FrontEnds { requests, control, events, engine_bell } = part.ends;
-    let links = FrontLinks { requests, control, events, engine_bell };
-    let core = FrontCore::new(part.settings, Box::new(part.tokenise), links);
+    let core = FrontCore::new(part.settings, Box::new(part.tokenise), part.ends);
     front::task::run(core, net, part.bell, Arc::clone(life), local).await
 }
