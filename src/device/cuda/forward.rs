@@ -36,9 +36,9 @@ const SAMPLE_THREADS: u32 = 1024;
 const COUNT_THREADS: u32 = 256;
 
 /// Dynamic shared memory of a product's block, for tiles of so many tokens.
-fn gemm_shared_bytes(tokens: usize, ksplit: u32) -> u32 {
+fn gemm_shared_bytes(storage: Storage, tokens: usize, ksplit: u32) -> u32 {
     // SAFETY: arithmetic on its arguments alone; C only because kernels share it.
-    unsafe { abi::fb_gemm_shared_bytes(tokens as u32, ksplit) }
+    unsafe { abi::fb_gemm_shared_bytes(storage.number(), tokens as u32, ksplit) }
 }
 
 /// Dynamic shared memory of a block of attention.
@@ -101,9 +101,9 @@ impl Kernels {
                 return Ok(());
             }
             let load = |tokens: usize| {
-                let (storage, epilogue) = (storage.name(), epilogue.name());
-                let name = format!("forebay_gemm_{storage}_{epilogue}_{tokens}");
-                gpu.kernel(&name, gemm_shared_bytes(tokens, abi::FB_GEMM_WARPS))
+                let (kind, epilogue) = (storage.name(), epilogue.name());
+                let name = format!("forebay_gemm_{kind}_{epilogue}_{tokens}");
+                gpu.kernel(&name, gemm_shared_bytes(storage, tokens, abi::FB_GEMM_WARPS))
             };
             let [a, b, c, d] = GEMM_TOKENS.map(load);
             gemms.push(Gemm { storage, epilogue, widths: [a?, b?, c?, d?] });
@@ -467,7 +467,8 @@ impl Forward {
         let x = unsafe { abi::fb_gemm_grid_x(parameters.weight.rows, parameters.ksplit) };
         let y = tokens.div_ceil(GEMM_TOKENS[width]);
         let kernel = self.kernels.gemm(matrix, epilogue, width);
-        let shared = gemm_shared_bytes(GEMM_TOKENS[width], parameters.ksplit);
+        let shared =
+            gemm_shared_bytes(matrix.matrix.storage, GEMM_TOKENS[width], parameters.ksplit);
         self.launch_with(kernel, [x as usize, y, 1], (GEMM_THREADS, shared), parameters)
     }
 
