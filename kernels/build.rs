@@ -163,7 +163,7 @@ fn bind_abi(folder: &Path, out: &Path) -> Result<(), String> {
     if env::var_os("LIBCLANG_PATH").is_none() {
         let installed = toolkit().join("clang/native");
         if installed.is_dir() {
-            // SAFETY: the build script has one thread yet. bindgen takes the path from nowhere else.
+            // SAFETY: the build script has one thread yet. bindgen takes the path from there alone.
             unsafe { env::set_var("LIBCLANG_PATH", installed) };
         }
     }

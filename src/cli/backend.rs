@@ -87,7 +87,7 @@ impl Choice {
             Kind::Cpu => None,
             #[cfg(feature = "cuda")]
             Kind::Cuda(info, _) if !cuda::PROVEN.contains(&info.name.as_str()) => Some(format!(
-                "the CUDA backend has not been proven on {}: compare its answers with --backend cpu",
+                "the CUDA backend has not been proven on {}: compare answers with --backend cpu",
                 info.name
             )),
             #[cfg(feature = "cuda")]

@@ -1,11 +1,7 @@
 //! The kernels' parameters, as bindgen reads them from `kernels/abi.h`, and their machine code.
-#![allow(
-    dead_code,
-    unsafe_code,
-    missing_docs,
-    non_camel_case_types,
-    clippy::undocumented_unsafe_blocks
-)]
+#![allow(unsafe_code, missing_docs, non_camel_case_types, clippy::undocumented_unsafe_blocks)]
+// What only kernels use.
+#![allow(dead_code)]
 
 include!(concat!(env!("OUT_DIR"), "/abi.rs"));
 
