@@ -140,7 +140,10 @@ static inline uint32_t fb_ksplit(uint32_t n, uint32_t k) {
 }
 
 // Columns of every part of K that a block works on between two barriers.
-static inline uint32_t fb_gemm_chunk(uint32_t n) { return n == 64 ? 32 : 64; }
+// With few tokens there is little to do for each, and half as many barriers count.
+static inline uint32_t fb_gemm_chunk(uint32_t type, uint32_t n) {
+  return n == 64 ? 32 : n == 8 && type != FB_BF16 ? 128 : 64;
+}
 
 // Bytes of a tile of weights with its scales.
 static inline uint32_t fb_tile_bytes(uint32_t type) {
@@ -152,6 +155,9 @@ static inline uint32_t fb_tile_bytes(uint32_t type) {
 static inline uint32_t fb_gemm_stages(uint32_t type, uint32_t n) {
   if (n == 64) {
     return type == FB_BF16 ? 5 : 8;
+  }
+  if (n == 8) {
+    return type == FB_Q8 ? 3 : 4;
   }
   return type == FB_BF16 ? (n == 32 ? 3 : 4) : type == FB_Q8 ? 5 : 8;
 }
@@ -167,7 +173,7 @@ static inline uint32_t fb_gemm_grid_x(uint32_t rows, uint32_t ksplit) {
 // Dynamic shared memory: two chunks of X and the warps' weights; then, in the same place, the parts
 // of the result.
 static inline uint32_t fb_gemm_shared_bytes(uint32_t type, uint32_t n, uint32_t ksplit) {
-  const uint32_t chunk = fb_gemm_chunk(n);
+  const uint32_t chunk = fb_gemm_chunk(type, n);
   const uint32_t weights =
       FB_GEMM_WARPS * fb_gemm_stages(type, n) * (chunk / FB_TILE_COLS) * fb_tile_bytes(type);
   const uint32_t used = 2 * ksplit * n * chunk * 2 + weights;

@@ -26,11 +26,11 @@ struct Cut {
   }
 };
 
-// Chunks of activations in shared memory: CHUNK columns of every part of K for N tokens, two times.
+// Chunks of activations in shared memory: some columns of every part of K for N tokens, two times.
 // A token's 16-byte pieces are turned round by its number, so that the eight rows that ldmatrix
 // reads at once lie in different banks.
-template <int N> struct Activations {
-  static constexpr uint32_t kChunk = N == 64 ? 32 : 64;
+template <int TYPE, int N> struct Activations {
+  static constexpr uint32_t kChunk = N == 64 ? 32 : N == 8 && TYPE != FB_BF16 ? 128 : 64;
   static constexpr uint32_t kTiles = kChunk / FB_TILE_COLS; // tiles of K in a chunk
   static constexpr uint32_t kPieces = kChunk / 8;           // of 16 bytes, in a token's row
   static constexpr uint32_t kPartBytes = N * kChunk * 2;
@@ -45,7 +45,7 @@ template <int N> struct Activations {
   uint4 held[kHeld];
 
   static __device__ __forceinline__ uint32_t offset(uint32_t token, uint32_t piece) {
-    const uint32_t turn = kPieces == 8 ? token & 7 : token >> 1 & 3;
+    const uint32_t turn = kPieces == 4 ? token >> 1 & 3 : token & 7;
     return (token * kPieces + (piece ^ turn)) * 16;
   }
 
@@ -76,11 +76,10 @@ template <int N> struct Activations {
     }
   }
 
-  // Puts what was taken in its place. A thread's pieces lie whole rows of eight apart, so their
-  // turn is the same.
+  // Puts what was taken in its place. All pieces of a thread have the same turn.
   __device__ __forceinline__ void put(uint32_t chunk) const {
     unsigned char *to = shared + chunk % 2 * bytes;
-    const uint32_t turn = threadIdx.x / 8 & (kPieces - 1);
+    const uint32_t turn = threadIdx.x / (kPieces == 16 ? 16 : 8) & (kPieces == 4 ? 3 : 7);
 #pragma unroll
     for (uint32_t i = 0; i < kHeld; i++) {
       const uint32_t at = threadIdx.x + i * kThreads;
@@ -97,13 +96,15 @@ template <int N> struct Activations {
 
 // A warp's ring of weights: STAGES chunks of its tiles, their scales behind them.
 template <int TYPE, int N> struct Weights {
-  static constexpr uint32_t kTiles = Activations<N>::kTiles;
+  static constexpr uint32_t kTiles = Activations<TYPE, N>::kTiles;
   static constexpr uint32_t kTileBytes = kTiles * Tile<TYPE>::kBytes;
   static constexpr uint32_t kScaleBytes = kTiles * Tile<TYPE>::kScaleBytes;
   static constexpr uint32_t kStageBytes = kTileBytes + kScaleBytes;
   static constexpr uint32_t kStages =
-      N == 64 ? (TYPE == FB_BF16 ? 5 : 8)
-              : (TYPE == FB_BF16 ? (N == 32 ? 3 : 4) : (TYPE == FB_Q8 ? 5 : 8));
+      N == 64        ? (TYPE == FB_BF16 ? 5 : 8)
+      : N == 8       ? (TYPE == FB_Q8 ? 3 : 4)
+      : TYPE == FB_BF16 ? (N == 32 ? 3 : 4)
+                        : (TYPE == FB_Q8 ? 5 : 8);
 
   unsigned char *shared;
   const unsigned char *tiles, *scales;
@@ -112,7 +113,7 @@ template <int TYPE, int N> struct Weights {
   // Starts the copies of a chunk. Past the last tile nothing is read.
   __device__ __forceinline__ void fetch(uint32_t chunk, uint32_t lane) const {
     unsigned char *to = shared + chunk % kStages * kStageBytes;
-    const uint32_t done = chunk * kTiles, left = count > done ? count - done : 0;
+    const uint32_t done = chunk * kTiles, left = count > done ? min(count - done, kTiles) : 0;
 #pragma unroll
     for (uint32_t at = 0; at < kTileBytes; at += 512) {
       const uint32_t byte = at + lane * 16;
@@ -148,7 +149,7 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const Tile<TYP
 #pragma unroll
   for (int column = 0; column < N / 8; column++) {
     uint32_t b[4]; // two steps of 16 rows of K
-    fb_ldmatrix_x4(b, chunk + Activations<N>::offset(column * 8 + lane % 8, within * 4 + lane / 8));
+    fb_ldmatrix_x4(b, chunk + Activations<TYPE, N>::offset(column * 8 + lane % 8, within * 4 + lane / 8));
     float(&sum)[4] = sums[column];
     if (!Tile<TYPE>::kScaled) {
       fb_mma_bf16(sum, a[0], b[0], b[1]);
@@ -181,7 +182,7 @@ __device__ __forceinline__ void accumulate(float (&sums)[N / 8][4], const fb_gem
                                            unsigned char *shared, const Cut &cut,
                                            uint32_t row_tile, uint32_t part, uint32_t token,
                                            uint32_t count) {
-  using X = Activations<N>;
+  using X = Activations<TYPE, N>;
   using W = Weights<TYPE, N>;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // The first part is the longest.

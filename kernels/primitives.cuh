@@ -104,6 +104,16 @@ __device__ __forceinline__ uint32_t fb_add_bf16x2(uint32_t a, uint32_t b) {
 #endif
 }
 
+// Bytes 2 pair and 2 pair + 1 of a word, each in the low byte of a half; the others are 0.
+__device__ __forceinline__ uint32_t fb_spread_bytes(uint32_t word, int pair) {
+#ifdef FOREBAY_HOST
+  word >>= 16 * pair;
+  return (word & 0xff) | (word >> 8 & 0xff) << 16;
+#else
+  return __byte_perm(word, 0, pair ? 0x4342 : 0x4140);
+#endif
+}
+
 // ----------------------------------------------------------------------------------------- memory
 
 // 16 bytes that are read once: past L1, and two neighbours of 128 bytes together into L2.

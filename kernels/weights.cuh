@@ -51,11 +51,10 @@ template <> struct Tile<FB_Q8> {
     const uint32_t words[2] = {s ? values.z : values.x, s ? values.w : values.y};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      // 8-bit values do not fit the mantissa of bf16; they do that of f32.
-      const uint32_t word = (words[i / 2] ^ 0x80808080u) >> (i % 2 * 16);
-      const float low = __uint_as_float(0x4b000000u | (word & 0xff));
-      const float high = __uint_as_float(0x4b000000u | (word >> 8 & 0xff));
-      a[i] = fb_pack_bf16(__fsub_rn(low, 8388736.0f), __fsub_rn(high, 8388736.0f));
+      // In two's complement the lower seven bits less 128 if the eighth is set. Those seven go into
+      // the mantissa of 128; -128 and -256 as bf16 differ in just the eighth bit.
+      const uint32_t two = fb_spread_bytes(words[i / 2], i % 2);
+      a[i] = fb_add_bf16x2((two & 0x007f007fu) | kMagic, (two & 0x00800080u) | 0xc300c300u);
     }
   }
   __device__ __forceinline__ TileScales scales() const {
