@@ -117,8 +117,11 @@ template <int TYPE, int N> struct Weights {
 #pragma unroll
     for (uint32_t at = 0; at < kTileBytes; at += 512) {
       const uint32_t byte = at + lane * 16;
-      fb_cp_async16(to + byte, tiles + (size_t)done * Tile<TYPE>::kBytes + byte,
-                    byte < left * Tile<TYPE>::kBytes);
+      // Not a copy of nothing: that would put zeros behind a chunk of less than 512 bytes.
+      if (byte < kTileBytes) {
+        fb_cp_async16(to + byte, tiles + (size_t)done * Tile<TYPE>::kBytes + byte,
+                      byte < left * Tile<TYPE>::kBytes);
+      }
     }
     if (Tile<TYPE>::kScaled && lane * 16 < kScaleBytes) {
       fb_cp_async16(to + kTileBytes + lane * 16,

@@ -400,6 +400,10 @@ void fb_host_cp_async(void *dst, const void *src, int bytes, int src_bytes) {
   if ((uintptr_t)dst % bytes != 0 || (src_bytes > 0 && (uintptr_t)src % bytes != 0)) {
     fail("cp.async between addresses that are not aligned");
   }
+  const char *to = (const char *)dst, *begin = dynamic_shared.data();
+  if (to < begin || to + bytes > begin + dynamic_shared.size()) {
+    fail("cp.async to outside the block's dynamic shared memory");
+  }
   memset(dst, kNaN, bytes);
   self().copies.push_back({dst, src, bytes, src_bytes, self().groups});
 }
