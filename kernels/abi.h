@@ -123,18 +123,15 @@ typedef struct fb_rmsnorm {
 // forebay_gemm_<type>_<epilogue>_<n>: C[token][row] = sum over k of W[row][k] X[token][k], and what
 // the epilogue makes of it.  type: bf16 q8 q4 q4m.  epilogue: store residual qkv swiglu.
 // n: tokens of a CTA's tile, 8 16 32 64.
-// Grid (fb_gemm_grid_x, ceil(T/n)), 32 x FB_GEMM_WARPS threads, fb_gemm_shared_bytes. K is cut into
-// ksplit (1, 2, 4 or 8) contiguous parts, fixed by the weight's shape (fb_ksplit); each is summed on
-// its own and the parts are added in order. Either ksplit warps share a row tile, a part each, or,
-// `in_turn`, one warp goes through all parts: the same operations in the same order, so the same
-// bits. The first fills a GPU with few tokens, the second reads less of X where there are many. A
-// launch in turn passes 1 for ksplit to the two functions of its geometry; kernels for fewer tokens
-// than FB_GEMM_IN_TURN cannot do it.
+// Grid (N/16 / (FB_GEMM_WARPS / ksplit), ceil(T/n)), 32 x FB_GEMM_WARPS threads. ksplit warps share
+// a row tile, each summing its own contiguous part of K; parts are added in order. ksplit (1, 2, 4
+// or 8) is fixed by the weight's shape, see fb_ksplit.
 #define FB_GEMM_WARPS 8
 
-// Parts of K of a weight [n][k]: enough that 132 SMs have about 8 warps each, as more would read X
-// once more for nothing; each part has at least 4 tiles of K. Depends on shape alone (batch
-// invariance).
+// Warps that share a row tile of a weight [n][k]: as many as give about 128 blocks, as long as each
+// warp keeps at least 4 tiles of K. (Twice as many blocks were measured: 2 % faster with one token,
+// up to 40 % slower with 64, as every part reads the activations anew.) Depends on shape alone
+// (batch invariance).
 static inline uint32_t fb_ksplit(uint32_t n, uint32_t k) {
   uint32_t split = 1;
   while (split < FB_GEMM_WARPS && (n / FB_TILE_ROWS) * split < 128 * FB_GEMM_WARPS &&
@@ -144,18 +141,28 @@ static inline uint32_t fb_ksplit(uint32_t n, uint32_t k) {
   return split;
 }
 
-#define FB_GEMM_IN_TURN 64
-// Whether a launch for T tokens in tiles of n should take parts in turn: when there is a CTA for
-// every SM even so.
-static inline uint32_t fb_gemm_in_turn(uint32_t rows, uint32_t tokens, uint32_t n) {
-  return n >= FB_GEMM_IN_TURN &&
-         rows / FB_TILE_ROWS / FB_GEMM_WARPS * ((tokens + n - 1) / n) >= 132;
+// Columns of every part of K that a block works on between two barriers.
+// With few tokens there is little to do for each, and half as many barriers count.
+static inline uint32_t fb_gemm_chunk(uint32_t type, uint32_t n) {
+  return n == 64 ? 32 : n == 8 && type != FB_BF16 ? 128 : 64;
 }
 
-// Columns of X that a CTA has in a stage of its ring, for each part of K; and the stages. So many
-// that all kernels do with 96 KiB of shared memory, which all devices since sm_80 have.
-#define FB_GEMM_CHUNK(n) ((n) <= 16 ? 128 : (n) <= 32 ? 64 : 32)
-#define FB_GEMM_STAGES 3
+// Bytes of a tile of weights with its scales.
+static inline uint32_t fb_tile_bytes(uint32_t type) {
+  return type == FB_BF16 ? 1024 : type == FB_Q8 ? 544 : type == FB_Q4 ? 288 : 320;
+}
+
+// Chunks of weights that each warp has on their way or at hand: with the activations, what lets two
+// blocks share a multiprocessor, and three or four with few tokens.
+static inline uint32_t fb_gemm_stages(uint32_t type, uint32_t n) {
+  if (n == 64) {
+    return type == FB_BF16 ? 5 : 8;
+  }
+  if (n == 8) {
+    return type == FB_Q8 ? 3 : 4;
+  }
+  return type == FB_BF16 ? (n == 32 ? 3 : 4) : type == FB_Q8 ? 5 : 8;
+}
 // Floats between two tokens of a warp's part of the result in shared memory: 16 rows, and 4 so that
 // a warp's stores meet no bank twice.
 #define FB_GEMM_PITCH 20
@@ -165,12 +172,15 @@ static inline uint32_t fb_gemm_grid_x(uint32_t rows, uint32_t ksplit) {
   return (tiles + each - 1) / each;
 }
 
-// Dynamic shared memory: the ring of X and the parts of the result, in the same place unless a warp
-// adds to the result as it goes.
-static inline uint32_t fb_gemm_shared_bytes(uint32_t n, uint32_t ksplit) {
-  const uint32_t ring = FB_GEMM_STAGES * ksplit * n * FB_GEMM_CHUNK(n) * 2;
+// Dynamic shared memory: two chunks of X and the warps' weights; then, in the same place, the parts
+// of the result.
+static inline uint32_t fb_gemm_shared_bytes(uint32_t type, uint32_t n, uint32_t ksplit) {
+  const uint32_t chunk = fb_gemm_chunk(type, n);
+  const uint32_t weights =
+      FB_GEMM_WARPS * fb_gemm_stages(type, n) * (chunk / FB_TILE_COLS) * fb_tile_bytes(type);
+  const uint32_t used = 2 * ksplit * n * chunk * 2 + weights;
   const uint32_t parts = FB_GEMM_WARPS * n * FB_GEMM_PITCH * 4;
-  return ksplit == 1 ? ring + parts : ring > parts ? ring : parts;
+  return used > parts ? used : parts;
 }
 
 typedef struct fb_gemm {
@@ -178,7 +188,7 @@ typedef struct fb_gemm {
   const fb_bf16 *x;      // [T][K]
   const uint32_t *count; // tokens that are real (a field of fb_step)
   uint32_t ksplit;
-  uint32_t in_turn; // 1: a warp goes through its row tile's parts of K, 0: ksplit warps have one each
+  uint32_t reserved;
   // store: y32[T][N] = C (the logits).   residual: y32[T][N] += C.
   float *y32;
   // swiglu (paired rows): y16[T][N/2] = bf16(silu(gate) x up).   qkv: the queries, [T][heads][head_dim].

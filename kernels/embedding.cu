@@ -16,8 +16,9 @@ template <int TYPE> __device__ void embed(const fb_embed &p, uint32_t token, uin
   for (uint32_t at = threadIdx.x; at < tiles * 4; at += kThreads) {
     const uint32_t tile = at / 4, t = at % 4;
     Tile<TYPE> values;
-    values.template load<0>(
-        Tiles<TYPE>(p.table, (size_t)(row / FB_TILE_ROWS) * tiles + tile, row % 8 * 4 + t));
+    const size_t number = (size_t)(row / FB_TILE_ROWS) * tiles + tile;
+    values.read((const char *)p.table.tiles + number * Tile<TYPE>::kBytes,
+                (const char *)p.table.scales + number * Tile<TYPE>::kScaleBytes, row % 8 * 4 + t);
     const TileScales scales = values.scales();
     const float d = is_high ? scales.d[1] : scales.d[0], m = is_high ? scales.m[1] : scales.m[0];
 #pragma unroll

@@ -24,10 +24,6 @@ void *fb_host_dynamic_shared();
 // A kernel's dynamic shared memory, as bytes.
 #define FB_DYNAMIC_SHARED(name) unsigned char *name = (unsigned char *)fb_host_dynamic_shared()
 
-// An address in shared memory, as instructions take it: a number that can be added to.
-typedef unsigned char *fb_shared;
-inline fb_shared fb_shared_at(void *pointer) { return (unsigned char *)pointer; }
-
 #else
 
 #include <cuda_runtime.h>
@@ -36,11 +32,6 @@ inline fb_shared fb_shared_at(void *pointer) { return (unsigned char *)pointer; 
 
 __device__ __forceinline__ uint32_t fb_shared_address(const void *pointer) {
   return (uint32_t)__cvta_generic_to_shared(pointer);
-}
-
-typedef uint32_t fb_shared;
-__device__ __forceinline__ fb_shared fb_shared_at(void *pointer) {
-  return fb_shared_address(pointer);
 }
 
 #endif
@@ -100,21 +91,7 @@ __device__ __forceinline__ float fb_from_f16(uint16_t x) {
 #endif
 }
 
-// The bytes of `x` that the four nibbles of `order` name, its lowest first; 4 names a zero.
-__device__ __forceinline__ uint32_t fb_pick_bytes(uint32_t x, uint32_t order) {
-#ifdef FOREBAY_HOST
-  uint32_t y = 0;
-  for (int i = 0; i < 4; i++) {
-    const uint32_t from = order >> (4 * i) & 7;
-    y |= (from < 4 ? x >> (8 * from) & 0xff : 0) << (8 * i);
-  }
-  return y;
-#else
-  return __byte_perm(x, 0, order);
-#endif
-}
-
-// x & MASK | `bits`, one instruction.
+// x & MASK | bits, as one instruction: with two constants a compiler makes two of it.
 template <uint32_t MASK> __device__ __forceinline__ uint32_t fb_mask_or(uint32_t x, uint32_t bits) {
 #ifdef FOREBAY_HOST
   return (x & MASK) | bits;
@@ -122,23 +99,6 @@ template <uint32_t MASK> __device__ __forceinline__ uint32_t fb_mask_or(uint32_t
   uint32_t y;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "n"(MASK), "r"(bits));
   return y;
-#endif
-}
-
-// Has a value in a register from here on: compilers like to compute what a loop needs anew in every
-// turn of it.
-__device__ __forceinline__ void fb_keep(uint32_t &x) {
-#ifndef FOREBAY_HOST
-  asm volatile("" : "+r"(x));
-#else
-  (void)x;
-#endif
-}
-template <typename T> __device__ __forceinline__ void fb_keep(T *&x) {
-#ifndef FOREBAY_HOST
-  asm volatile("" : "+l"(x));
-#else
-  (void)x;
 #endif
 }
 
@@ -155,71 +115,58 @@ __device__ __forceinline__ uint32_t fb_add_bf16x2(uint32_t a, uint32_t b) {
 #endif
 }
 
+// Bytes 2 pair and 2 pair + 1 of a word, each in the low byte of a half; the others are 0.
+__device__ __forceinline__ uint32_t fb_spread_bytes(uint32_t word, int pair) {
+#ifdef FOREBAY_HOST
+  word >>= 16 * pair;
+  return (word & 0xff) | (word >> 8 & 0xff) << 16;
+#else
+  return __byte_perm(word, 0, pair ? 0x4342 : 0x4140);
+#endif
+}
+
 // ----------------------------------------------------------------------------------------- memory
 
-// 16 bytes that are read once: past L1, and two neighbours of 128 bytes together into L2. OFFSET, in
-// bytes, is part of the instruction: left to a compiler, loads ahead in an unrolled loop have been
-// seen to keep a pointer each.
-template <uint32_t OFFSET = 0> __device__ __forceinline__ uint4 fb_load_stream(const void *from) {
+// 16 bytes that are read once: past L1, and two neighbours of 128 bytes together into L2.
+__device__ __forceinline__ uint4 fb_load_stream(const void *from) {
 #ifdef FOREBAY_HOST
   uint4 v;
-  memcpy(&v, (const char *)from + OFFSET, 16);
+  memcpy(&v, from, 16);
   return v;
 #else
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from), "n"(OFFSET));
+               : "l"(from));
   return v;
 #endif
 }
 
 // The same, 8 bytes.
-template <uint32_t OFFSET = 0> __device__ __forceinline__ uint2 fb_load_stream8(const void *from) {
+__device__ __forceinline__ uint2 fb_load_stream8(const void *from) {
 #ifdef FOREBAY_HOST
   uint2 v;
-  memcpy(&v, (const char *)from + OFFSET, 8);
+  memcpy(&v, from, 8);
   return v;
 #else
   uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2 + %3];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];"
                : "=r"(v.x), "=r"(v.y)
-               : "l"(from), "n"(OFFSET));
-  return v;
-#endif
-}
-
-// The same, 4 bytes.
-template <uint32_t OFFSET = 0>
-__device__ __forceinline__ uint32_t fb_load_stream4(const void *from) {
-#ifdef FOREBAY_HOST
-  uint32_t v;
-  memcpy(&v, (const char *)from + OFFSET, 4);
-  return v;
-#else
-  uint32_t v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.u32 %0, [%1 + %2];"
-               : "=r"(v)
-               : "l"(from), "n"(OFFSET));
+               : "l"(from));
   return v;
 #endif
 }
 
 // Starts copying 16 bytes to shared memory, or zeros when not `ok` (then nothing is read).
-#ifndef FOREBAY_HOST
-__device__ __forceinline__ void fb_cp_async16(fb_shared to, const void *from, bool ok) {
-  const int bytes = ok ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :
-               : "r"(to), "l"(from), "r"(bytes)
-               : "memory");
-}
-#endif
 __device__ __forceinline__ void fb_cp_async16(void *to, const void *from, bool ok) {
 #ifdef FOREBAY_HOST
   fb_host_cp_async(to, from, 16, ok ? 16 : 0);
 #else
-  fb_cp_async16(fb_shared_at(to), from, ok);
+  const int bytes = ok ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(fb_shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
 #endif
 }
 
@@ -257,35 +204,15 @@ __device__ __forceinline__ void fb_mma_bf16(float (&c)[4], const uint32_t (&a)[4
 #endif
 }
 
-// The same from zeros, which then take no registers.
-__device__ __forceinline__ void fb_mma_bf16_first(float (&c)[4], const uint32_t (&a)[4],
-                                                  uint32_t b0, uint32_t b1) {
-#ifdef FOREBAY_HOST
-  const uint32_t b[2] = {b0, b1};
-  const float zeros[4] = {0, 0, 0, 0};
-  fb_host_mma_m16n8k16(c, a, b, zeros);
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
-      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
-#endif
-}
-
 // Four matrices of 8 x 8 16-bit values; lane i names row i % 8 of matrix i / 8.
-#ifndef FOREBAY_HOST
-__device__ __forceinline__ void fb_ldmatrix_x4(uint32_t (&r)[4], fb_shared row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(row)
-               : "memory");
-}
-#endif
 __device__ __forceinline__ void fb_ldmatrix_x4(uint32_t (&r)[4], const void *row) {
 #ifdef FOREBAY_HOST
   fb_host_ldmatrix(r, 4, false, row);
 #else
-  fb_ldmatrix_x4(r, fb_shared_address(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(fb_shared_address(row))
+               : "memory");
 #endif
 }
 

@@ -18,35 +18,18 @@ struct TileScales {
 __device__ __forceinline__ float low_f16(uint32_t two) { return fb_from_f16((uint16_t)two); }
 __device__ __forceinline__ float high_f16(uint32_t two) { return fb_from_f16((uint16_t)(two >> 16)); }
 
-// Where a lane's share of tiles is: one pointer that moves on, so that those of tiles ahead of it are
-// offsets in instructions and not registers.
-template <int TYPE> struct Tiles {
-  static constexpr uint32_t kLaneBytes = TYPE == FB_BF16 || TYPE == FB_Q8 ? 16 : 8;
-  static constexpr uint32_t kBytes = kLaneBytes * 32 * (TYPE == FB_BF16 ? 2 : 1);
-  static constexpr uint32_t kScaleBytes = TYPE == FB_BF16 ? 0 : TYPE == FB_Q4M ? 64 : 32;
-
-  const char *values, *scales;
-
-  __device__ __forceinline__ Tiles(const fb_weight &w, size_t tile, uint32_t lane)
-      : values((const char *)w.tiles + tile * kBytes + lane * kLaneBytes),
-        scales((const char *)w.scales + tile * kScaleBytes + lane / 4 * (kScaleBytes / 8)) {}
-  __device__ __forceinline__ void advance(uint32_t tiles) {
-    values += tiles * kBytes;
-    scales += tiles * kScaleBytes;
-  }
-};
-
-// A lane's share of a tile, as it is loaded, AT tiles on. kScaled: step() gives what scales() multiply; kShifted:
-// and add to.
+// kBytes and kScaleBytes are a tile's; `tile` and `scales` point to its own. `step` gives the four
+// registers of one of its two steps of 16 columns.
 template <int TYPE> struct Tile;
 
 template <> struct Tile<FB_BF16> {
-  uint4 values[2];
+  static constexpr uint32_t kBytes = 1024, kScaleBytes = 0;
   static constexpr bool kScaled = false, kShifted = false;
+  uint4 values[2];
 
-  template <uint32_t AT> __device__ __forceinline__ void load(const Tiles<FB_BF16> &from) {
-    values[0] = fb_load_stream<AT * 1024>(from.values);
-    values[1] = fb_load_stream<AT * 1024 + 512>(from.values);
+  __device__ __forceinline__ void read(const void *tile, const void *, uint32_t lane) {
+    values[0] = ((const uint4 *)tile)[lane];
+    values[1] = ((const uint4 *)tile)[32 + lane];
   }
   __device__ __forceinline__ void step(int s, uint32_t (&a)[4]) const {
     a[0] = values[s].x, a[1] = values[s].y, a[2] = values[s].z, a[3] = values[s].w;
@@ -55,21 +38,22 @@ template <> struct Tile<FB_BF16> {
 };
 
 template <> struct Tile<FB_Q8> {
+  static constexpr uint32_t kBytes = 512, kScaleBytes = 32;
+  static constexpr bool kScaled = true, kShifted = false;
   uint4 values;
   uint32_t d; // of both rows
-  static constexpr bool kScaled = true, kShifted = false;
 
-  template <uint32_t AT> __device__ __forceinline__ void load(const Tiles<FB_Q8> &from) {
-    values = fb_load_stream<AT * 512>(from.values);
-    d = fb_load_stream4<AT * 32>(from.scales);
+  __device__ __forceinline__ void read(const void *tile, const void *scales, uint32_t lane) {
+    values = ((const uint4 *)tile)[lane];
+    d = ((const uint32_t *)scales)[lane / 4];
   }
   __device__ __forceinline__ void step(int s, uint32_t (&a)[4]) const {
     const uint32_t words[2] = {s ? values.z : values.x, s ? values.w : values.y};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      // Eight bits do not fit the mantissa. The low seven do; the sign counts -128, and put into the
-      // lowest bit of the exponent it makes of the -128 to take off a -256.
-      const uint32_t two = fb_pick_bytes(words[i / 2], i % 2 ? 0x4342 : 0x4140);
+      // In two's complement the lower seven bits less 128 if the eighth is set. Those seven go into
+      // the mantissa of 128; -128 and -256 as bf16 differ in just the eighth bit.
+      const uint32_t two = fb_spread_bytes(words[i / 2], i % 2);
       a[i] = fb_add_bf16x2(fb_mask_or<0x007f007fu>(two, kMagic),
                            fb_mask_or<0x00800080u>(two, 0xc300c300u));
     }
@@ -79,19 +63,20 @@ template <> struct Tile<FB_Q8> {
   }
 };
 
-// A register's two values of 0 to 15, less `offset`.
-__device__ __forceinline__ uint32_t nibbles(uint32_t word, int i, uint32_t minus_128_and_offset) {
-  return fb_add_bf16x2(fb_mask_or<0x000f000fu>(word >> (4 * i), kMagic), minus_128_and_offset);
+// A register's two values of 0 to 15, and what is added to them and to the magic 128.
+__device__ __forceinline__ uint32_t nibbles(uint32_t word, int i, uint32_t addend) {
+  return fb_add_bf16x2(fb_mask_or<0x000f000fu>(word >> (4 * i), kMagic), addend);
 }
 
 template <> struct Tile<FB_Q4> {
+  static constexpr uint32_t kBytes = 256, kScaleBytes = 32;
+  static constexpr bool kScaled = true, kShifted = false;
   uint2 values;
   uint32_t d; // of both rows
-  static constexpr bool kScaled = true, kShifted = false;
 
-  template <uint32_t AT> __device__ __forceinline__ void load(const Tiles<FB_Q4> &from) {
-    values = fb_load_stream8<AT * 256>(from.values);
-    d = fb_load_stream4<AT * 32>(from.scales);
+  __device__ __forceinline__ void read(const void *tile, const void *scales, uint32_t lane) {
+    values = ((const uint2 *)tile)[lane];
+    d = ((const uint32_t *)scales)[lane / 4];
   }
   __device__ __forceinline__ void step(int s, uint32_t (&a)[4]) const {
 #pragma unroll
@@ -105,13 +90,14 @@ template <> struct Tile<FB_Q4> {
 };
 
 template <> struct Tile<FB_Q4M> {
+  static constexpr uint32_t kBytes = 256, kScaleBytes = 64;
+  static constexpr bool kScaled = true, kShifted = true;
   uint2 values;
   uint2 dm; // d of both rows, m of both
-  static constexpr bool kScaled = true, kShifted = true;
 
-  template <uint32_t AT> __device__ __forceinline__ void load(const Tiles<FB_Q4M> &from) {
-    values = fb_load_stream8<AT * 256>(from.values);
-    dm = fb_load_stream8<AT * 64>(from.scales);
+  __device__ __forceinline__ void read(const void *tile, const void *scales, uint32_t lane) {
+    values = ((const uint2 *)tile)[lane];
+    dm = ((const uint2 *)scales)[lane / 4];
   }
   __device__ __forceinline__ void step(int s, uint32_t (&a)[4]) const {
 #pragma unroll

@@ -1,45 +1,28 @@
 //! The vocabulary of a request: what a client may ask for, and how a request may end.
 //!
-//! Shared by the wire protocol, the client library and every core; depends on nothing, so that
-//! the client library builds alone.
+//! Shared by the wire protocol, the client library and every core; depends on nothing but `base`,
+//! so that the client library builds alone.
 
 use std::fmt;
+
+use crate::base::numbered;
 
 /// A token of the model's vocabulary.
 pub type TokenId = u32;
 
-/// Priority class, most urgent first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(u8)]
-pub enum Class {
-    /// The operator's own traffic: probes, warm-up.
-    System = 0,
-    /// Somebody is watching the text appear.
-    Interactive = 1,
-    /// Everything that does not say otherwise.
-    #[default]
-    Default = 2,
-    /// Work that waits gladly.
-    Bulk = 3,
-}
-
-impl Class {
-    /// All classes, most urgent first.
-    pub const ALL: [Class; 4] = [Class::System, Class::Interactive, Class::Default, Class::Bulk];
-
-    /// The class with this wire number.
-    pub fn from_wire(number: u8) -> Option<Class> {
-        Class::ALL.get(usize::from(number)).copied()
-    }
-
-    /// The name used in configuration, metrics and logs.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Class::System => "system",
-            Class::Interactive => "interactive",
-            Class::Default => "default",
-            Class::Bulk => "bulk",
-        }
+numbered! {
+    /// Priority class, most urgent first.
+    #[derive(Default)]
+    pub enum Class: u8 {
+        /// The operator's own traffic: probes, warm-up.
+        System = 0 => "system",
+        /// Somebody is watching the text appear.
+        Interactive = 1 => "interactive",
+        /// Everything that does not say otherwise.
+        #[default]
+        Default = 2 => "default",
+        /// Work that waits gladly.
+        Bulk = 3 => "bulk",
     }
 }
 
@@ -186,91 +169,55 @@ pub const STOP_STRINGS_MAX: usize = 16;
 /// what a stream withholds.
 pub const STOP_STRING_BYTES_MAX: usize = 256;
 
-/// Why a request that was accepted ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum FinishReason {
-    /// The model ended its answer.
-    EndOfText = 0,
-    /// One of the request's stop strings appeared; the text ends before it.
-    StopString = 1,
-    /// `max_tokens` were produced.
-    MaxTokens = 2,
-    /// The model's context is full.
-    ContextFull = 3,
-    /// The client cancelled, or its connection ended.
-    Cancelled = 4,
-    /// The request's own deadline passed.
-    Deadline = 5,
-    /// The client gave no credit for `stall_timeout_ms`.
-    Stalled = 6,
-    /// The server ended while the request ran (end of the drain time).
-    ShuttingDown = 7,
-    /// The device failed and the sequence could not be continued.
-    DeviceFailed = 8,
-    /// An operator cancelled it.
-    Operator = 9,
-}
-
-impl FinishReason {
-    /// The name used in metrics, logs and reports.
-    pub const fn name(self) -> &'static str {
-        match self {
-            FinishReason::EndOfText => "end_of_text",
-            FinishReason::StopString => "stop_string",
-            FinishReason::MaxTokens => "max_tokens",
-            FinishReason::ContextFull => "context_full",
-            FinishReason::Cancelled => "cancelled",
-            FinishReason::Deadline => "deadline",
-            FinishReason::Stalled => "stalled",
-            FinishReason::ShuttingDown => "shutting_down",
-            FinishReason::DeviceFailed => "device_failed",
-            FinishReason::Operator => "operator",
-        }
+numbered! {
+    /// Why a request that was accepted ended.
+    pub enum FinishReason: u8 {
+        /// The model ended its answer.
+        EndOfText = 0 => "end_of_text",
+        /// One of the request's stop strings appeared; the text ends before it.
+        StopString = 1 => "stop_string",
+        /// `max_tokens` were produced.
+        MaxTokens = 2 => "max_tokens",
+        /// The model's context is full.
+        ContextFull = 3 => "context_full",
+        /// The client cancelled, or its connection ended.
+        Cancelled = 4 => "cancelled",
+        /// The request's own deadline passed.
+        Deadline = 5 => "deadline",
+        /// The client gave no credit for `stall_timeout_ms`.
+        Stalled = 6 => "stalled",
+        /// The server ended while the request ran (end of the drain time).
+        ShuttingDown = 7 => "shutting_down",
+        /// The device failed and the sequence could not be continued.
+        DeviceFailed = 8 => "device_failed",
+        /// An operator cancelled it.
+        Operator = 9 => "operator",
     }
 }
 
-/// Why a request was refused, or evicted before it was admitted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum RejectReason {
-    /// The queue is at its bound in requests, tokens or bytes.
-    QueueFull = 0,
-    /// Prompt and at least one token of output can never fit the context or the KV pool.
-    ExceedsCapacity = 1,
-    /// The request is malformed or out of range; the message says how.
-    Invalid = 2,
-    /// The connection or tenant has as many streams as it may.
-    TooManyStreams = 3,
-    /// The server is draining.
-    ShuttingDown = 4,
-    /// No device is ready: still loading, or lost.
-    NoCapacity = 5,
-    /// The deadline would pass before the first token.
-    DeadlineUnattainable = 6,
-    /// It waited longer than the queue's time to live.
-    QueueTtlExpired = 7,
-    /// Its deadline passed while it waited.
-    DeadlineExpired = 8,
-    /// Its first token would come later than its class may wait.
-    TtftUnattainable = 9,
-}
-
-impl RejectReason {
-    /// The name used in metrics, logs and reports.
-    pub const fn name(self) -> &'static str {
-        match self {
-            RejectReason::QueueFull => "queue_full",
-            RejectReason::ExceedsCapacity => "exceeds_capacity",
-            RejectReason::Invalid => "invalid",
-            RejectReason::TooManyStreams => "too_many_streams",
-            RejectReason::ShuttingDown => "shutting_down",
-            RejectReason::NoCapacity => "no_capacity",
-            RejectReason::DeadlineUnattainable => "deadline_unattainable",
-            RejectReason::QueueTtlExpired => "queue_ttl_expired",
-            RejectReason::DeadlineExpired => "deadline_expired",
-            RejectReason::TtftUnattainable => "ttft_unattainable",
-        }
+numbered! {
+    /// Why a request was refused, or evicted before it was admitted.
+    pub enum RejectReason: u8 {
+        /// The queue is at its bound in requests, tokens or bytes.
+        QueueFull = 0 => "queue_full",
+        /// Prompt and at least one token of output can never fit the context or the KV pool.
+        ExceedsCapacity = 1 => "exceeds_capacity",
+        /// The request is malformed or out of range; the message says how.
+        Invalid = 2 => "invalid",
+        /// The connection or tenant has as many streams as it may.
+        TooManyStreams = 3 => "too_many_streams",
+        /// The server is draining.
+        ShuttingDown = 4 => "shutting_down",
+        /// No device is ready: still loading, or lost.
+        NoCapacity = 5 => "no_capacity",
+        /// The deadline would pass before the first token.
+        DeadlineUnattainable = 6 => "deadline_unattainable",
+        /// It waited longer than the queue's time to live.
+        QueueTtlExpired = 7 => "queue_ttl_expired",
+        /// Its deadline passed while it waited.
+        DeadlineExpired = 8 => "deadline_expired",
+        /// Its first token would come later than its class may wait.
+        TtftUnattainable = 9 => "ttft_unattainable",
     }
 }
 

@@ -587,7 +587,7 @@ fn a_lost_device_ends_everything_honestly_and_leaves_nothing_to_wake_up_for() {
 fn a_device_core_that_goes_away_is_a_lost_device() {
     let mut bench = Bench::new(&tiny(), 8);
     let (stream, _) = bench.accepted(&Want::default());
-    let (port, device) = forebay::engine::ports::connect_device(
+    let (port, device) = forebay::ports::connect_device(
         1,
         &forebay::ring::Doorbell::new(),
         &forebay::ring::Doorbell::new(),

@@ -4,12 +4,14 @@
 //! Core: all. Nothing here reads a clock, allocates after construction or touches the outside.
 
 pub mod fixed;
+pub(crate) mod numbered;
 pub mod prng;
 pub mod slab;
 pub mod time;
 pub mod token_table;
 
 pub use fixed::{FixedDeque, FixedVec};
+pub(crate) use numbered::numbered;
 pub use prng::{Prng, Ratio};
 pub use slab::{Slab, SlabKey};
 pub use time::{Clock, Instant, ManualClock};

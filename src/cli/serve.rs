@@ -20,6 +20,7 @@ impl From<ServerError> for Failure {
         match error {
             ServerError::Model(text) => Failure::Model(text),
             ServerError::Settings(text) => Failure::Usage(text),
+            ServerError::Device(text) => Failure::Runtime(text),
             ServerError::Machine { .. } => Failure::Runtime(error.to_string()),
         }
     }
@@ -69,6 +70,9 @@ fn report(
     text.push_str(&format!("\n{}\n\n{}\n\n", sizing.map, server.envelope()));
     text.push_str(&format!("model        {} ({})\n", config.model, path.display()));
     text.push_str(&format!("backend      {} ({})\n", backend.name, backend.path));
+    for note in server.backend_notes() {
+        text.push_str(&format!("             {note}\n"));
+    }
     text.push_str(&format!("context      {} tokens\n", sizing.limits.context_max));
     text.push_str(&format!("native       {}", server.address()));
     if let Some(notice) = plan::context_notice(&config.limits, &sizing.limits, sizing.lowered) {

@@ -8,18 +8,18 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::backend::{BackendSizes, Choice};
 use super::plan;
 use crate::base::{Instant, TokenTable};
-use crate::config::{self, Config, Kv};
-use crate::device::cpu::{self, CpuBackend, CpuOptions};
+use crate::config::Config;
 use crate::device::{self, Backend, BackendDescription, DeviceCore};
-use crate::engine::ports::{DeviceEnds, FrontEnds, connect_device, connect_front};
 use crate::engine::stats::StatsBoard;
 use crate::engine::{self, EngineConfig, EngineCore};
 use crate::front::net::{ListenSettings, Net, NetSettings};
-use crate::front::{self, FrontCore, FrontLinks, FrontSettings, ModelTokenise};
+use crate::front::{self, FrontCore, FrontSettings, ModelTokenise};
 use crate::limits::{Envelope, Limits, Lowered};
 use crate::model::{ChatTemplate, Gguf, GgufError, ModelConfig, Tokenizer};
+use crate::ports::{DeviceEnds, FrontEnds, connect_device, connect_front};
 use crate::ring::Doorbell;
 use crate::runtime::stall::StallWatch;
 use crate::runtime::topology::{CoreMap, Role};
@@ -38,6 +38,9 @@ pub enum ServerError {
     /// Settings that do not fit the model or each other.
     #[error("{0}")]
     Settings(String),
+    /// The device that computes cannot be had, or refuses something.
+    #[error("{0}")]
+    Device(String),
     /// The machine refuses something.
     #[error("{what}: {error}")]
     Machine {
@@ -115,17 +118,31 @@ impl Sizing {
     ///
     /// # Errors
     /// When the KV pool is too small for a single block of the model.
-    pub fn new(config: &Config, model: &ModelConfig, probe: &Probe) -> Result<Sizing, ServerError> {
-        let free = probe.memory.available_bytes;
-        let pool_bytes = config.kv.pool_bytes.unwrap_or_else(|| Kv::automatic_bytes(free));
-        let kv_blocks = pool_bytes / cpu::kv_block_bytes(model);
-        let kv_blocks = u32::try_from(kv_blocks).unwrap_or(u32::MAX);
+    pub(super) fn new(
+        config: &Config,
+        gguf: &Gguf,
+        model: &ModelConfig,
+        choice: &Choice,
+        probe: &Probe,
+    ) -> Result<Sizing, ServerError> {
+        let kv_blocks = choice.kv_blocks(config, gguf, model, probe)?;
         let fitted = config
             .limits
             .fitted(model.context as u64, kv_blocks.into())
             .map_err(|error| ServerError::Settings(error.to_string()))?;
         let map = plan::core_map(config, probe);
         Ok(Sizing { limits: fitted.limits, lowered: fitted.lowered, kv_blocks, map })
+    }
+
+    /// What a backend is built with, with a pool of `kv_blocks` blocks.
+    fn backend(&self, kv_blocks: u32) -> BackendSizes {
+        BackendSizes {
+            kv_blocks,
+            rows_max: self.limits.running_max as usize,
+            step_tokens_max: self.limits.step_tokens_max as usize,
+            context_max: self.limits.context_max as usize,
+            workers: self.map.workers.clone(),
+        }
     }
 }
 
@@ -141,9 +158,10 @@ pub(super) struct Planned {
 pub(super) fn plan(config: &Config, path: &Path, probe: &Probe) -> Result<Planned, ServerError> {
     let gguf = Gguf::open(path)?;
     let model = LoadedModel::new("", &gguf)?;
-    let sizing = Sizing::new(config, &model.config, probe)?;
-    let backend = load_backend(config, &gguf, &sizing, 1, &Doorbell::new())?;
-    let envelope = plan::envelope(&sizing, &model, backend.description(), path);
+    let choice = Choice::new(config)?;
+    let sizing = Sizing::new(config, &gguf, &model.config, &choice, probe)?;
+    let description = choice.describe(config, &gguf, &sizing.backend(1))?;
+    let envelope = plan::envelope(&sizing, &model, &description, path);
     let Sizing { limits, lowered, map, .. } = sizing;
     Ok(Planned { limits, lowered, map, envelope })
 }
@@ -152,6 +170,7 @@ pub(super) fn plan(config: &Config, path: &Path, probe: &Probe) -> Result<Planne
 pub struct Server {
     address: SocketAddr,
     description: BackendDescription,
+    notes: Vec<String>,
     sizing: Sizing,
     envelope: Envelope,
     life: Arc<Lifecycle>,
@@ -187,14 +206,18 @@ impl Server {
     ) -> Result<Server, ServerError> {
         let gguf = Gguf::open(path)?;
         let model = LoadedModel::new(name, &gguf)?;
-        let sizing = Sizing::new(config, &model.config, probe)?;
+        let choice = Choice::new(config)?;
+        let notes = choice.notes();
+        let sizing = Sizing::new(config, &gguf, &model.config, &choice, probe)?;
         let device_bell = Doorbell::new();
-        let backend = load_backend(config, &gguf, &sizing, sizing.kv_blocks, &device_bell)?;
+        let bell = Arc::clone(&device_bell);
+        let sizes = sizing.backend(sizing.kv_blocks);
+        let backend = choice.load(config, &gguf, &sizes, Box::new(move || bell.ring()))?;
         // The weights are in memory of their own now: the file's pages may go.
         drop(gguf);
         let description = backend.description().clone();
         let envelope = plan::envelope(&sizing, &model, &description, path);
-        let (parts, life) = Parts::new(&sizing, model, Box::new(backend), device_bell)?;
+        let (parts, life) = Parts::new(&sizing, model, backend, device_bell)?;
         let (listening, listened) = mpsc::sync_channel(1);
         let door = Door { flavour, listen: config.server.listen, listening };
         let executors = start_executors(&sizing.map, parts, door, &life)?;
@@ -209,6 +232,7 @@ impl Server {
         Ok(Server {
             address,
             description,
+            notes,
             sizing,
             envelope,
             life,
@@ -226,6 +250,11 @@ impl Server {
     /// What runs the steps.
     pub fn backend(&self) -> &BackendDescription {
         &self.description
+    }
+
+    /// Why it is that backend, and what is to be known about it.
+    pub fn backend_notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// The bounds and the cores in force.
@@ -278,43 +307,6 @@ fn failed_to_listen(
     life.drain(crate::runtime::now());
     let error = join_all(executors).err().unwrap_or_else(|| io::Error::other("ended at once"));
     ServerError::Machine { what: format!("listening on {listen}"), error }
-}
-
-fn load_backend(
-    config: &Config,
-    gguf: &Gguf,
-    sizing: &Sizing,
-    kv_blocks: u32,
-    device_bell: &Arc<Doorbell>,
-) -> Result<CpuBackend, ServerError> {
-    let limits = &sizing.limits;
-    let options = CpuOptions {
-        cpus: sizing.map.workers.clone(),
-        kv_blocks,
-        rows_max: limits.running_max as usize,
-        step_tokens_max: limits.step_tokens_max as usize,
-        context_max: limits.context_max as usize,
-        sampled_rows_max: limits.running_max as usize,
-        isa: chosen_isa(config.compute.isa),
-    };
-    let bell = Arc::clone(device_bell);
-    CpuBackend::load(gguf, &options, Box::new(move || bell.ring())).map_err(|error| match error {
-        cpu::LoadError::Model(error) => error.into(),
-        cpu::LoadError::Options(problem) => ServerError::Settings(problem),
-        cpu::LoadError::System { what, error } => {
-            ServerError::Machine { what: what.to_owned(), error }
-        }
-    })
-}
-
-/// The backend's name for a configured path; `None` takes the best.
-pub(super) fn chosen_isa(isa: config::Isa) -> Option<cpu::Isa> {
-    match isa {
-        config::Isa::Auto => None,
-        config::Isa::Avx512 => Some(cpu::Isa::Avx512),
-        config::Isa::Avx2 => Some(cpu::Isa::Avx2),
-        config::Isa::Portable => Some(cpu::Isa::Portable),
-    }
 }
 
 /// The cores before they are on their executors. Whichever executor has a role takes its part.
@@ -474,8 +466,6 @@ async fn run_front(
     let (_, address) = net.listen(door.listen, &listen_settings)?;
     // The starter waits for this; if it has gone it does not mind.
     let _ = door.listening.send(address);
-    let FrontEnds { requests, control, events, engine_bell } = part.ends;
-    let links = FrontLinks { requests, control, events, engine_bell };
-    let core = FrontCore::new(part.settings, Box::new(part.tokenise), links);
+    let core = FrontCore::new(part.settings, Box::new(part.tokenise), part.ends);
     front::task::run(core, net, part.bell, Arc::clone(life), local).await
 }

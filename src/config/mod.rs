@@ -33,8 +33,10 @@ pub struct Config {
     pub limits: Limits,
     /// The KV pool.
     pub kv: Kv,
-    /// The compute workers.
+    /// What computes.
     pub compute: Compute,
+    /// The CUDA backend.
+    pub cuda: Cuda,
     /// How the server ends.
     pub drain: Drain,
     /// The executors.
@@ -66,13 +68,46 @@ impl Kv {
     }
 }
 
-/// The compute workers.
+/// What computes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Compute {
+    /// On what the model runs.
+    pub backend: Backend,
     /// How many; `None`: one a CPU that this process may use.
     pub threads: Option<usize>,
     /// Which instructions.
     pub isa: Isa,
+}
+
+/// On what the model runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// The GPU where there is one that this program can use, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU, or a refusal to start.
+    Cuda,
+}
+
+/// The CUDA backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cuda {
+    /// Which device, as the driver counts them.
+    pub device: u32,
+    /// How much of the device's free memory is taken when [`Kv::pool_bytes`] does not say.
+    pub memory_percent: u32,
+    /// Whether decode steps are recorded once and started as one.
+    pub graphs: Graphs,
+}
+
+/// Whether decode steps are recorded once and started as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Graphs {
+    /// They are.
+    On,
+    /// Every kernel is launched by itself: slower; for finding a fault.
+    Off,
 }
 
 /// Instruction-set path of the CPU backend.
@@ -122,7 +157,8 @@ impl Default for Config {
             model: ModelName::default_model(),
             limits: Limits::default(),
             kv: Kv { pool_bytes: None },
-            compute: Compute { threads: None, isa: Isa::Auto },
+            compute: Compute { backend: Backend::Auto, threads: None, isa: Isa::Auto },
+            cuda: Cuda { device: 0, memory_percent: 90, graphs: Graphs::On },
             drain: Drain { delay_ms: 0, timeout_ms: 60_000 },
             runtime: Runtime { io: Io::Auto },
         }

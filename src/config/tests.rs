@@ -57,7 +57,10 @@ fn every_kind_of_value_is_read_from_a_file() {
     assert_eq!(config.server.listen, "[::1]:0".parse().unwrap());
     assert_eq!(config.model, ModelName::Path("/m/x.gguf".into()));
     assert_eq!(config.kv.pool_bytes, Some(1 << 30));
-    assert_eq!(config.compute, Compute { threads: Some(3), isa: Isa::Avx2 });
+    assert_eq!(
+        config.compute,
+        Compute { backend: Backend::Auto, threads: Some(3), isa: Isa::Avx2 }
+    );
     assert_eq!(config.drain, Drain { delay_ms: 5, timeout_ms: 120_000 });
     assert_eq!(config.limits.stream_window_tokens_max, 16);
     assert_eq!(config.limits.stall_timeout_ms, 30_000);

@@ -9,11 +9,11 @@ use std::collections::VecDeque;
 use crate::base::{Instant, TokenTable};
 use crate::limits::Limits;
 use crate::message::{EVENT_BATCHES, Event, EventBatch, SeqKey, StreamKey};
+use crate::ports::FrontPort;
 use crate::request::{RejectReason, SamplingParams};
 
 use super::EngineCore;
 use super::bounded;
-use super::ports::FrontPort;
 use super::sequence::{Sequence, State, Terminal};
 
 /// A front core as the engine sees it.

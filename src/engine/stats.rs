@@ -5,11 +5,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::flow::Load;
 use crate::request::{Class, FinishReason, RejectReason};
 
-/// Rejection reasons there are; the wire number is the index.
-pub const REJECT_REASONS: usize = RejectReason::TtftUnattainable as usize + 1;
-/// Finish reasons there are; the wire number is the index.
-pub const FINISH_REASONS: usize = FinishReason::Operator as usize + 1;
-
 /// Counters since the start. They only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -21,10 +16,10 @@ pub struct Counters {
     pub accepted: u64,
     /// Sequences whose first prefill was planned.
     pub admitted: u64,
-    /// Requests refused or evicted, by [`RejectReason`].
-    pub rejected: [u64; REJECT_REASONS],
-    /// Sequences ended otherwise, by [`FinishReason`].
-    pub finished: [u64; FINISH_REASONS],
+    /// Requests refused or evicted, by [`RejectReason`]'s number.
+    pub rejected: [u64; RejectReason::ALL.len()],
+    /// Sequences ended otherwise, by [`FinishReason`]'s number.
+    pub finished: [u64; FinishReason::ALL.len()],
     /// Steps sent to the device.
     pub steps: u64,
     /// Steps that came back.

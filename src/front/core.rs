@@ -5,13 +5,13 @@ use std::collections::VecDeque;
 use super::ConnId;
 use super::connection::{Action, Connection, Connections, Life};
 use super::pipeline::Pipeline;
-use super::settings::{FrontCounters, FrontLinks, FrontSettings};
-
+use super::settings::{FrontCounters, FrontSettings};
 use super::stream::Phase;
 use super::timers::{Timer, Timers};
 use super::tokenise::Tokenise;
 use crate::base::Instant;
 use crate::message::EVENT_BATCHES;
+use crate::ports::FrontEnds;
 use crate::protocol::{ErrorCode, ProtocolError, ServerFrame};
 use crate::request::FinishReason;
 
@@ -44,15 +44,11 @@ pub struct FrontCore {
 
 impl FrontCore {
     /// A front core without connections.
-    pub fn new(
-        settings: FrontSettings,
-        tokenise: Box<dyn Tokenise>,
-        links: FrontLinks,
-    ) -> FrontCore {
-        let needed = FrontLinks::control_capacity(&settings.limits);
-        assert!(links.control.capacity() >= needed, "the control ring has room for {needed}");
+    pub fn new(settings: FrontSettings, tokenise: Box<dyn Tokenise>, ends: FrontEnds) -> FrontCore {
+        let needed = FrontEnds::control_capacity(&settings.limits);
+        assert!(ends.control.capacity() >= needed, "the control ring has room for {needed}");
         assert!(settings.limits.stream_window_tokens_max > 0, "a stream needs a window");
-        let pipeline = Pipeline::new(&settings, tokenise, links);
+        let pipeline = Pipeline::new(&settings, tokenise, ends);
         FrontCore {
             settings,
             connections: Connections::default(),

@@ -4,12 +4,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::core::FrontCore;
-use super::settings::{FrontLinks, FrontSettings};
+use super::settings::FrontSettings;
 use super::stream::{Phase, Stream, stream_key};
 use super::timers::Timer;
 use super::tokenise::{Tokenise, TokeniseFailure, TokeniseQueue, Tokenised};
 use crate::base::{Instant, Slab, SlabKey};
 use crate::message::{Ask, ControlMessage, EVENT_BATCHES, EventBatch, RequestMessage, Submission};
+use crate::ports::FrontEnds;
 use crate::protocol::{
     BodyError, Capabilities, Prelude, Prompt, PromptKind, RequestOptions, decode_body,
 };
@@ -21,7 +22,7 @@ pub(super) struct Pipeline {
     pub(super) streams: Slab<Stream>,
     tokenise: Box<dyn Tokenise>,
     tokenising: TokeniseQueue,
-    links: FrontLinks,
+    ends: FrontEnds,
     /// Streams in [`Phase::WaitingToAsk`], oldest first; those that ended meanwhile are skipped.
     waiting_to_ask: VecDeque<SlabKey>,
     /// Streams in [`Phase::WaitingToSubmit`], oldest first; likewise.
@@ -40,14 +41,14 @@ impl Pipeline {
     pub(super) fn new(
         settings: &FrontSettings,
         tokenise: Box<dyn Tokenise>,
-        links: FrontLinks,
+        ends: FrontEnds,
     ) -> Pipeline {
         Pipeline {
             front: settings.front,
             streams: Slab::new(settings.streams_max()),
             tokenise,
             tokenising: TokeniseQueue::default(),
-            links,
+            ends,
             waiting_to_ask: VecDeque::new(),
             waiting_to_submit: VecDeque::new(),
             control_list: VecDeque::new(),
@@ -80,7 +81,7 @@ impl Pipeline {
 
     /// The next batch of events.
     pub(super) fn receive(&mut self) -> Option<Box<EventBatch>> {
-        self.links.events.pop()
+        self.ends.events.pop()
     }
 
     /// Sends a batch back.
@@ -88,14 +89,14 @@ impl Pipeline {
         batch.clear();
         // Room for all batches is kept free (see `send_control`); a ring without its far end
         // refuses, and then the box just ends here.
-        if let Err(error) = self.links.control.push(ControlMessage::Return(batch)) {
-            assert!(self.links.control.is_abandoned(), "no room for a batch: {error:?}");
+        if let Err(error) = self.ends.control.push(ControlMessage::Return(batch)) {
+            assert!(self.ends.control.is_abandoned(), "no room for a batch: {error:?}");
         }
-        self.links.engine_bell.ring();
+        self.ends.engine_bell.ring();
     }
 
     pub(super) fn engine_is_gone(&mut self) -> bool {
-        self.links.events.is_abandoned() && self.links.events.is_empty()
+        self.ends.events.is_abandoned() && self.ends.events.is_empty()
     }
 
     /// The kernel took tokens of a stream, which may have ended.
@@ -136,7 +137,7 @@ impl Pipeline {
                 self.control_list.pop_front();
                 continue;
             };
-            if self.links.control.free() < EVENT_BATCHES + 2 {
+            if self.ends.control.free() < EVENT_BATCHES + 2 {
                 break;
             }
             stream.is_in_control_list = false;
@@ -146,14 +147,14 @@ impl Pipeline {
             let cancel = std::mem::take(&mut stream.has_cancel_to_send);
             if cancel {
                 let reason = stream.cancel.expect("a cancel has a reason");
-                let _ = self.links.control.push(ControlMessage::Cancel { seq, reason });
+                let _ = self.ends.control.push(ControlMessage::Cancel { seq, reason });
             } else if tokens > 0 {
-                let _ = self.links.control.push(ControlMessage::Credit { seq, tokens });
+                let _ = self.ends.control.push(ControlMessage::Credit { seq, tokens });
             }
             sent = true;
         }
         if sent {
-            self.links.engine_bell.ring();
+            self.ends.engine_bell.ring();
         }
         sent
     }
@@ -167,13 +168,13 @@ impl Pipeline {
                 self.waiting_to_submit.pop_front();
                 continue;
             };
-            if self.links.requests.credits() == 0 {
+            if self.ends.requests.credits() == 0 {
                 return sent;
             }
             self.waiting_to_submit.pop_front();
             let submission = stream.submission.take().expect("it waits with its submission");
             stream.phase = Phase::Submitted;
-            let _ = self.links.requests.send(RequestMessage::Submit(submission));
+            let _ = self.ends.requests.send(RequestMessage::Submit(submission));
             self.update_credit(key);
             sent = true;
         }
@@ -184,7 +185,7 @@ impl Pipeline {
                 self.waiting_to_ask.pop_front();
                 continue;
             };
-            if self.links.requests.credits() == 0 {
+            if self.ends.requests.credits() == 0 {
                 break;
             }
             self.waiting_to_ask.pop_front();
@@ -201,7 +202,7 @@ impl Pipeline {
                 deadline: stream.deadline,
                 window_tokens: stream.prelude.window_tokens,
             };
-            let _ = self.links.requests.send(RequestMessage::Ask(ask));
+            let _ = self.ends.requests.send(RequestMessage::Ask(ask));
             sent = true;
         }
         sent

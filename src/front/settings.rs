@@ -2,10 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::flow::Sender;
 use crate::limits::Limits;
-use crate::message::{ControlMessage, EVENT_BATCHES, EventBatch, RequestMessage};
-use crate::ring::{Consumer, Doorbell, Producer};
 
 /// More numbers for STATS_REPLY, from elsewhere in the program: appends name and value. Must be
 /// quick and touch nothing but memory.
@@ -59,28 +56,6 @@ impl FrontSettings {
     pub fn streams_max(&self) -> usize {
         let limits = &self.limits;
         (limits.connections_max + limits.asks_max + limits.sequences_max()) as usize
-    }
-}
-
-/// A front core's ends of what joins it to the engine.
-#[derive(Debug)]
-pub struct FrontLinks {
-    /// Asks and submissions.
-    pub requests: Sender<RequestMessage>,
-    /// Credits, cancels, and batches on their way back. Room for
-    /// `FrontLinks::control_capacity` messages.
-    pub control: Producer<ControlMessage>,
-    /// What the engine tells.
-    pub events: Consumer<Box<EventBatch>>,
-    /// Wakes the engine after something was put on the control ring.
-    pub engine_bell: Arc<Doorbell>,
-}
-
-impl FrontLinks {
-    /// How many messages the control ring needs room for: one credit and one cancel of each
-    /// sequence, and all batches.
-    pub fn control_capacity(limits: &Limits) -> usize {
-        2 * limits.sequences_max() as usize + EVENT_BATCHES
     }
 }
 

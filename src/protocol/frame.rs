@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use super::bytes::{Reader, put_u16, put_u32};
+use crate::base::numbered;
 
 /// The only version there is.
 pub const VERSION: u16 = 1;
@@ -34,104 +35,51 @@ pub mod limits {
     pub const STATS_MAX: usize = 256;
 }
 
-/// What a frame is. The numbers are part of the protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[repr(u8)]
-pub enum FrameType {
-    /// Client → server, first: who is there, what it understands.
-    Hello = 0x01,
-    /// Server → client: the handshake's answer, with limits.
-    Welcome = 0x02,
-    /// Server → client: more requests may be sent.
-    RequestCredit = 0x03,
-    /// Either way: answer with [`FrameType::Pong`].
-    Ping = 0x04,
-    /// Either way: the answer.
-    Pong = 0x05,
-    /// Client → server: send numbers.
-    Stats = 0x06,
-    /// Server → client: the numbers.
-    StatsReply = 0x07,
-    /// Server → client: no new requests here; those in progress go on.
-    GoingAway = 0x08,
-    /// Either way: the connection is over, and why.
-    Error = 0x09,
-    /// Client → server: opens a stream.
-    Request = 0x10,
-    /// Client → server: more of a request's body.
-    Body = 0x11,
-    /// Client → server: the stream may send more tokens.
-    Credit = 0x12,
-    /// Client → server: stop the stream.
-    Cancel = 0x13,
-    /// Server → client: the request is in the queue.
-    Accepted = 0x20,
-    /// Server → client: output.
-    Tokens = 0x21,
-    /// Server → client: out of credit, the sequence left the batch.
-    Paused = 0x22,
-    /// Server → client: it is back.
-    Resumed = 0x23,
-    /// Server → client: the end of an accepted stream.
-    Done = 0x24,
-    /// Server → client: the end of a stream that was refused or evicted.
-    Rejected = 0x25,
+numbered! {
+    /// What a frame is. The numbers are part of the protocol.
+    pub enum FrameType: u8 {
+        /// Client → server, first: who is there, what it understands.
+        Hello = 0x01 => "HELLO",
+        /// Server → client: the handshake's answer, with limits.
+        Welcome = 0x02 => "WELCOME",
+        /// Server → client: more requests may be sent.
+        RequestCredit = 0x03 => "REQUEST_CREDIT",
+        /// Either way: answer with [`FrameType::Pong`].
+        Ping = 0x04 => "PING",
+        /// Either way: the answer.
+        Pong = 0x05 => "PONG",
+        /// Client → server: send numbers.
+        Stats = 0x06 => "STATS",
+        /// Server → client: the numbers.
+        StatsReply = 0x07 => "STATS_REPLY",
+        /// Server → client: no new requests here; those in progress go on.
+        GoingAway = 0x08 => "GOING_AWAY",
+        /// Either way: the connection is over, and why.
+        Error = 0x09 => "ERROR",
+        /// Client → server: opens a stream.
+        Request = 0x10 => "REQUEST",
+        /// Client → server: more of a request's body.
+        Body = 0x11 => "BODY",
+        /// Client → server: the stream may send more tokens.
+        Credit = 0x12 => "CREDIT",
+        /// Client → server: stop the stream.
+        Cancel = 0x13 => "CANCEL",
+        /// Server → client: the request is in the queue.
+        Accepted = 0x20 => "ACCEPTED",
+        /// Server → client: output.
+        Tokens = 0x21 => "TOKENS",
+        /// Server → client: out of credit, the sequence left the batch.
+        Paused = 0x22 => "PAUSED",
+        /// Server → client: it is back.
+        Resumed = 0x23 => "RESUMED",
+        /// Server → client: the end of an accepted stream.
+        Done = 0x24 => "DONE",
+        /// Server → client: the end of a stream that was refused or evicted.
+        Rejected = 0x25 => "REJECTED",
+    }
 }
 
 impl FrameType {
-    /// All types, by number.
-    pub const ALL: [FrameType; 19] = [
-        FrameType::Hello,
-        FrameType::Welcome,
-        FrameType::RequestCredit,
-        FrameType::Ping,
-        FrameType::Pong,
-        FrameType::Stats,
-        FrameType::StatsReply,
-        FrameType::GoingAway,
-        FrameType::Error,
-        FrameType::Request,
-        FrameType::Body,
-        FrameType::Credit,
-        FrameType::Cancel,
-        FrameType::Accepted,
-        FrameType::Tokens,
-        FrameType::Paused,
-        FrameType::Resumed,
-        FrameType::Done,
-        FrameType::Rejected,
-    ];
-
-    /// The type with this number.
-    pub fn from_wire(number: u8) -> Option<FrameType> {
-        FrameType::ALL.into_iter().find(|&kind| kind as u8 == number)
-    }
-
-    /// Its name in the specification.
-    pub const fn name(self) -> &'static str {
-        match self {
-            FrameType::Hello => "HELLO",
-            FrameType::Welcome => "WELCOME",
-            FrameType::RequestCredit => "REQUEST_CREDIT",
-            FrameType::Ping => "PING",
-            FrameType::Pong => "PONG",
-            FrameType::Stats => "STATS",
-            FrameType::StatsReply => "STATS_REPLY",
-            FrameType::GoingAway => "GOING_AWAY",
-            FrameType::Error => "ERROR",
-            FrameType::Request => "REQUEST",
-            FrameType::Body => "BODY",
-            FrameType::Credit => "CREDIT",
-            FrameType::Cancel => "CANCEL",
-            FrameType::Accepted => "ACCEPTED",
-            FrameType::Tokens => "TOKENS",
-            FrameType::Paused => "PAUSED",
-            FrameType::Resumed => "RESUMED",
-            FrameType::Done => "DONE",
-            FrameType::Rejected => "REJECTED",
-        }
-    }
-
     /// Whether it belongs to one stream (its header names a stream) or to the connection.
     pub const fn is_stream_frame(self) -> bool {
         self as u8 >= 0x10
@@ -218,82 +166,37 @@ impl Header {
     }
 }
 
-/// Why a connection ends. The numbers are part of the protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u16)]
-pub enum ErrorCode {
-    /// The first bytes were not a HELLO with the right magic.
-    NotForebay = 1,
-    /// No common version.
-    Version = 2,
-    /// The bearer token is missing or wrong.
-    Unauthenticated = 3,
-    /// A frame is longer than its type or the limits allow.
-    FrameTooLarge = 4,
-    /// A frame type that version 1 does not know.
-    UnknownFrame = 5,
-    /// A frame whose bytes do not follow its layout.
-    Malformed = 6,
-    /// A frame that may not come now, or not in this direction.
-    UnexpectedFrame = 7,
-    /// A stream number that is not above all used before, or was never opened.
-    StreamNumber = 8,
-    /// A REQUEST without request credit.
-    RequestCreditExceeded = 9,
-    /// More token credit outstanding than the largest window.
-    WindowExceeded = 10,
-    /// The handshake did not come in time.
-    HandshakeTimeout = 11,
-    /// No stream and no frame for too long.
-    IdleTimeout = 12,
-    /// The server holds as many connections as it may.
-    TooManyConnections = 13,
-    /// The server's fault.
-    Internal = 14,
-}
-
-impl ErrorCode {
-    /// All codes, by number.
-    pub const ALL: [ErrorCode; 14] = [
-        ErrorCode::NotForebay,
-        ErrorCode::Version,
-        ErrorCode::Unauthenticated,
-        ErrorCode::FrameTooLarge,
-        ErrorCode::UnknownFrame,
-        ErrorCode::Malformed,
-        ErrorCode::UnexpectedFrame,
-        ErrorCode::StreamNumber,
-        ErrorCode::RequestCreditExceeded,
-        ErrorCode::WindowExceeded,
-        ErrorCode::HandshakeTimeout,
-        ErrorCode::IdleTimeout,
-        ErrorCode::TooManyConnections,
-        ErrorCode::Internal,
-    ];
-
-    /// The code with this number.
-    pub fn from_wire(number: u16) -> Option<ErrorCode> {
-        ErrorCode::ALL.into_iter().find(|&code| code as u16 == number)
-    }
-
-    /// Its name in the specification.
-    pub const fn name(self) -> &'static str {
-        match self {
-            ErrorCode::NotForebay => "NOT_FOREBAY",
-            ErrorCode::Version => "VERSION",
-            ErrorCode::Unauthenticated => "UNAUTHENTICATED",
-            ErrorCode::FrameTooLarge => "FRAME_TOO_LARGE",
-            ErrorCode::UnknownFrame => "UNKNOWN_FRAME",
-            ErrorCode::Malformed => "MALFORMED",
-            ErrorCode::UnexpectedFrame => "UNEXPECTED_FRAME",
-            ErrorCode::StreamNumber => "STREAM_NUMBER",
-            ErrorCode::RequestCreditExceeded => "REQUEST_CREDIT_EXCEEDED",
-            ErrorCode::WindowExceeded => "WINDOW_EXCEEDED",
-            ErrorCode::HandshakeTimeout => "HANDSHAKE_TIMEOUT",
-            ErrorCode::IdleTimeout => "IDLE_TIMEOUT",
-            ErrorCode::TooManyConnections => "TOO_MANY_CONNECTIONS",
-            ErrorCode::Internal => "INTERNAL",
-        }
+numbered! {
+    /// Why a connection ends. The numbers are part of the protocol.
+    pub enum ErrorCode: u16 {
+        /// The first bytes were not a HELLO with the right magic.
+        NotForebay = 1 => "NOT_FOREBAY",
+        /// No common version.
+        Version = 2 => "VERSION",
+        /// The bearer token is missing or wrong.
+        Unauthenticated = 3 => "UNAUTHENTICATED",
+        /// A frame is longer than its type or the limits allow.
+        FrameTooLarge = 4 => "FRAME_TOO_LARGE",
+        /// A frame type that version 1 does not know.
+        UnknownFrame = 5 => "UNKNOWN_FRAME",
+        /// A frame whose bytes do not follow its layout.
+        Malformed = 6 => "MALFORMED",
+        /// A frame that may not come now, or not in this direction.
+        UnexpectedFrame = 7 => "UNEXPECTED_FRAME",
+        /// A stream number that is not above all used before, or was never opened.
+        StreamNumber = 8 => "STREAM_NUMBER",
+        /// A REQUEST without request credit.
+        RequestCreditExceeded = 9 => "REQUEST_CREDIT_EXCEEDED",
+        /// More token credit outstanding than the largest window.
+        WindowExceeded = 10 => "WINDOW_EXCEEDED",
+        /// The handshake did not come in time.
+        HandshakeTimeout = 11 => "HANDSHAKE_TIMEOUT",
+        /// No stream and no frame for too long.
+        IdleTimeout = 12 => "IDLE_TIMEOUT",
+        /// The server holds as many connections as it may.
+        TooManyConnections = 13 => "TOO_MANY_CONNECTIONS",
+        /// The server's fault.
+        Internal = 14 => "INTERNAL",
     }
 }
 
@@ -358,18 +261,6 @@ pub(super) fn end_frame(out: &mut [u8], start: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn numbers_and_types_map_one_to_one() {
-        for kind in FrameType::ALL {
-            assert_eq!(FrameType::from_wire(kind as u8), Some(kind));
-        }
-        let known = (0..=255).filter(|&n| FrameType::from_wire(n).is_some()).count();
-        assert_eq!(known, FrameType::ALL.len());
-        for code in ErrorCode::ALL {
-            assert_eq!(ErrorCode::from_wire(code as u16), Some(code));
-        }
-    }
 
     #[test]
     fn a_header_that_breaks_a_rule_names_it() {

@@ -6,6 +6,7 @@ use std::fmt;
 use super::bytes::{Reader, put_u32};
 use super::frame::{FrameType, ProtocolError, limits, put_frame};
 use super::options::RequestOptions;
+use crate::base::numbered;
 use crate::request::{Class, Name, TokenId};
 
 /// Bytes of the prelude in front of the two names.
@@ -23,44 +24,29 @@ impl fmt::Display for BodyError {
 
 impl std::error::Error for BodyError {}
 
-/// What the prompt's bytes are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum PromptKind {
-    /// Messages, for the model's chat template.
-    Messages = 0,
-    /// Text, tokenised as it is.
-    Text = 1,
-    /// Token ids.
-    Tokens = 2,
+numbered! {
+    /// What the prompt's bytes are.
+    pub enum PromptKind: u8 {
+        /// Messages, for the model's chat template.
+        Messages = 0 => "messages",
+        /// Text, tokenised as it is.
+        Text = 1 => "text",
+        /// Token ids.
+        Tokens = 2 => "tokens",
+    }
 }
 
-/// Who speaks in a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Role {
-    /// Instructions.
-    System = 0,
-    /// The person.
-    User = 1,
-    /// The model.
-    Assistant = 2,
-    /// What a tool returned.
-    Tool = 3,
-}
-
-impl Role {
-    /// All roles, by number.
-    pub const ALL: [Role; 4] = [Role::System, Role::User, Role::Assistant, Role::Tool];
-
-    /// The name that chat templates know.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Role::System => "system",
-            Role::User => "user",
-            Role::Assistant => "assistant",
-            Role::Tool => "tool",
-        }
+numbered! {
+    /// Who speaks in a message. The names are those that chat templates know.
+    pub enum Role: u8 {
+        /// Instructions.
+        System = 0 => "system",
+        /// The person.
+        User = 1 => "user",
+        /// The model.
+        Assistant = 2 => "assistant",
+        /// What a tool returned.
+        Tool = 3 => "tool",
     }
 }
 
@@ -118,12 +104,8 @@ impl Prelude {
         let user = reader.take(usize::from(user_bytes)).expect("a whole head");
         let class = Class::from_wire(class)
             .ok_or_else(|| BodyError(format!("class {class} is none of 0 to 3").into()))?;
-        let kind = match kind {
-            0 => PromptKind::Messages,
-            1 => PromptKind::Text,
-            2 => PromptKind::Tokens,
-            _ => return Err(BodyError(format!("prompt kind {kind} is none of 0 to 2").into())),
-        };
+        let kind = PromptKind::from_wire(kind)
+            .ok_or_else(|| BodyError(format!("prompt kind {kind} is none of 0 to 2").into()))?;
         if options_bytes > limits::OPTIONS_BYTES_MAX {
             return Err(BodyError("options_bytes must be at most 8192".into()));
         }
@@ -246,8 +228,7 @@ fn decode_messages(bytes: &[u8]) -> Result<Vec<Message<'_>>, BodyError> {
     let mut messages = Vec::with_capacity(usize::from(count));
     for index in 0..count {
         let role = reader.u8().ok_or_else(cut)?;
-        let role = *Role::ALL
-            .get(usize::from(role))
+        let role = Role::from_wire(role)
             .ok_or_else(|| BodyError(format!("role {role} is none of 0 to 3").into()))?;
         let content_bytes = reader.u32().ok_or_else(cut)?;
         let content = reader.take(content_bytes as usize).ok_or_else(cut)?;

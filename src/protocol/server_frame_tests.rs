@@ -117,20 +117,6 @@ fn stats_are_bounded() {
 }
 
 #[test]
-fn reasons_map_to_numbers_and_back() {
-    for n in 0..=255u8 {
-        if let Some(reason) = finish_from_wire(n) {
-            assert_eq!(reason as u8, n);
-        }
-        if let Some(reason) = reject_from_wire(n) {
-            assert_eq!(reason as u8, n);
-        }
-    }
-    assert_eq!(finish_from_wire(FinishReason::Operator as u8 + 1), None);
-    assert_eq!(reject_from_wire(RejectReason::TtftUnattainable as u8 + 1), None);
-}
-
-#[test]
 fn a_client_frame_from_a_server_is_unexpected() {
     let header = Header { payload_bytes: 0, kind: FrameType::Cancel, stream: 1 };
     assert_eq!(ServerFrame::decode(header, &[]).unwrap_err().code, ErrorCode::UnexpectedFrame);

@@ -7,7 +7,8 @@
 //!
 //! What makes it fast is what it does *not* read: each side keeps the far counter as last seen
 //! and looks again only when that says full (or empty). In a queue that is neither, a line of
-//! cache changes hands once per lap instead of once per item.
+//! cache changes hands once per lap instead of once per item. For the same reason a batch of
+//! nothing stores nothing: whoever polls an idle ring must not take the line from the other side.
 
 #![allow(unsafe_code)]
 
@@ -22,6 +23,8 @@ use super::sync::{Arc, AtomicBool, AtomicUsize, UnsafeCell};
 
 /// Largest capacity: beyond it a byte count of slots could overflow.
 pub const CAPACITY_MAX: usize = 1 << 32;
+
+type Slot<T> = UnsafeCell<MaybeUninit<T>>;
 
 /// Makes a ring that holds up to `capacity` items, and returns its two ends.
 ///
@@ -61,7 +64,7 @@ struct Shared<T> {
     tail: CachePadded<AtomicUsize>,
     /// Item number i lies in slot `i % slots.len()`. The length is a power of two, so that the
     /// remainder is a mask and stays right when the counters wrap; `slots.len() >= capacity`.
-    slots: Box<[UnsafeCell<MaybeUninit<T>>]>,
+    slots: Box<[Slot<T>]>,
     /// How many items may be in the ring at once: at least 1.
     capacity: usize,
     /// Set once, when the producer is dropped; its last `tail` is published before.
@@ -77,16 +80,17 @@ struct Shared<T> {
 // to thread, hence `T: Send`; no `&T` is ever shared, hence no `T: Sync`.
 unsafe impl<T: Send> Sync for Shared<T> {}
 
-impl<T> Shared<T> {
-    #[inline(always)]
-    fn slot(&self, counter: usize) -> &UnsafeCell<MaybeUninit<T>> {
-        let index = counter & (self.slots.len() - 1);
-        debug_assert!(index < self.slots.len());
-        // SAFETY: `slots` is never empty (capacity is at least 1) and its length is a power of two,
-        // so the masked index is below it. Unchecked because the bound check is a tenth of the
-        // cost of a push, and the compiler cannot know of the power of two.
-        unsafe { self.slots.get_unchecked(index) }
-    }
+/// Where item number `counter` lies. Takes the slots and not what they lie in: a loop over many
+/// then keeps their address and number in registers, where behind the `Arc` they would have to be
+/// read again after every item, which for all the compiler knows may have overwritten them.
+#[inline(always)]
+fn slot<T>(slots: &[Slot<T>], counter: usize) -> &Slot<T> {
+    let index = counter & (slots.len() - 1);
+    debug_assert!(index < slots.len());
+    // SAFETY: a ring's slots are never empty (capacity is at least 1) and their number is a power
+    // of two, so the masked index is below it. Unchecked because the bound check is a tenth of the
+    // cost of a push, and the compiler cannot know of the power of two.
+    unsafe { slots.get_unchecked(index) }
 }
 
 impl<T> Drop for Shared<T> {
@@ -97,7 +101,7 @@ impl<T> Drop for Shared<T> {
         while head != tail {
             // SAFETY: `head..tail` holds initialised items, and `&mut self` says that nobody
             // else is left to touch them. Each is dropped once, since `head` moves on.
-            self.slot(head).with_mut(|slot| unsafe { (*slot).assume_init_drop() });
+            slot(&self.slots, head).with_mut(|slot| unsafe { (*slot).assume_init_drop() });
             head = head.wrapping_add(1);
         }
     }
@@ -124,7 +128,11 @@ impl<T> Producer<T> {
         if self.free_seen() == 0 && self.free() == 0 {
             return Err(PushError::Full(item));
         }
-        self.write(item);
+        // SAFETY: there is room, so this slot is outside `head..tail`: the consumer is done with it
+        // (Acquire in `free`) and will not look at it before `tail` says so. Safe code has no cell
+        // that two threads may use in turn without a lock or a flag per slot.
+        slot(&self.shared.slots, self.tail).with_mut(|slot| unsafe { (*slot).write(item) });
+        self.tail = self.tail.wrapping_add(1);
         self.publish();
         Ok(())
     }
@@ -136,15 +144,37 @@ impl<T> Producer<T> {
         if self.is_abandoned() {
             return 0;
         }
-        let free = self.free();
-        let mut pushed = 0;
-        while pushed < free {
-            let Some(item) = items.next() else { break };
-            self.write(item);
-            pushed += 1;
+        let begin = self.tail;
+        // What was free when last seen comes first. Looked at again, there may be more; but only
+        // what was published can be popped, so this ends after `capacity` items at the latest.
+        while self.free_seen() > 0 || self.free() > 0 {
+            if !self.fill_seen(items) {
+                break;
+            }
         }
-        self.publish();
-        pushed
+        // Not `begin`: an iterator that panicked may have left items of an earlier batch.
+        if self.tail != self.shared.tail.load(Relaxed) {
+            self.publish();
+        }
+        self.tail.wrapping_sub(begin)
+    }
+
+    /// Writes items as long as there are any and there was room when last seen. Returns whether
+    /// there may be more.
+    #[inline]
+    fn fill_seen(&mut self, items: &mut impl Iterator<Item = T>) -> bool {
+        let mut next = self.tail;
+        let end = next.wrapping_add(self.free_seen());
+        let slots = &*self.shared.slots;
+        while next != end {
+            let Some(item) = items.next() else { return false };
+            // SAFETY: as in `push`: `next` is at most `free_seen` ahead of `tail` as it was.
+            slot(slots, next).with_mut(|slot| unsafe { (*slot).write(item) });
+            next = next.wrapping_add(1);
+            // Here and not behind the loop: should the iterator panic, what it gave is counted.
+            self.tail = next;
+        }
+        true
     }
 
     /// How many items fit right now. Only the consumer can change that, and only upwards.
@@ -170,17 +200,6 @@ impl<T> Producer<T> {
     #[inline(always)]
     fn free_seen(&self) -> usize {
         self.shared.capacity - self.tail.wrapping_sub(self.head_seen)
-    }
-
-    #[inline(always)]
-    fn write(&mut self, item: T) {
-        debug_assert!(self.free_seen() > 0);
-        // SAFETY: the callers made sure that `tail - head < capacity <= slots.len()`, so this slot
-        // is outside `head..tail`: the consumer is done with it (Acquire in `free`) and will not
-        // look at it before `tail` says so. Safe code has no cell that two threads may use in turn
-        // without a lock or a flag per slot.
-        self.shared.slot(self.tail).with_mut(|slot| unsafe { (*slot).write(item) });
-        self.tail = self.tail.wrapping_add(1);
     }
 
     #[inline(always)]
@@ -224,16 +243,32 @@ impl<T> Consumer<T> {
         if self.tail_seen == self.head && self.is_empty() {
             return None;
         }
-        let item = self.read();
-        self.publish();
+        // SAFETY: `head < tail`, so the slot holds an item whose write happened before (Acquire in
+        // `len`), and the producer will not write there again before `head` says so. `head` moves
+        // on, so the item is read out exactly once.
+        let item =
+            slot(&self.shared.slots, self.head).with(|slot| unsafe { (*slot).assume_init_read() });
+        self.head = self.head.wrapping_add(1);
+        // Release pairs with the Acquire in `Producer::free`: the slot is read.
+        self.shared.head.store(self.head, Release);
         Some(item)
     }
 
     /// Up to `limit` items, oldest first. Their room goes back to the producer all at once, when
     /// the batch is dropped. What was not taken out of the batch stays in the ring.
     pub fn pop_batch(&mut self, limit: usize) -> Batch<'_, T> {
-        let left = self.len().min(limit);
-        Batch { consumer: self, left }
+        let mut left = self.tail_seen.wrapping_sub(self.head);
+        if left < limit {
+            left = self.len();
+        }
+        let Consumer { shared, head, .. } = self;
+        Batch {
+            slots: &shared.slots,
+            published: &shared.head,
+            next: *head,
+            head,
+            left: left.min(limit),
+        }
     }
 
     /// How many items there are to pop. Only the producer can change that, and only upwards.
@@ -260,23 +295,6 @@ impl<T> Consumer<T> {
     pub fn capacity(&self) -> usize {
         self.shared.capacity
     }
-
-    #[inline(always)]
-    fn read(&mut self) -> T {
-        debug_assert!(self.tail_seen != self.head);
-        // SAFETY: the callers made sure that `head < tail`, so the slot holds an item whose write
-        // happened before (Acquire in `len`), and the producer will not write there again before
-        // `head` says so. `head` moves on, so the item is read out exactly once.
-        let item = self.shared.slot(self.head).with(|slot| unsafe { (*slot).assume_init_read() });
-        self.head = self.head.wrapping_add(1);
-        item
-    }
-
-    #[inline(always)]
-    fn publish(&mut self) {
-        // Release pairs with the Acquire in `Producer::free`: the slots are read.
-        self.shared.head.store(self.head, Release);
-    }
 }
 
 impl<T> Drop for Consumer<T> {
@@ -297,11 +315,17 @@ impl<T> fmt::Debug for Consumer<T> {
 
 /// Items on their way out of a ring; see [`Consumer::pop_batch`].
 ///
-/// Forgetting a batch instead of dropping it is harmless: the producer learns of the room at the
-/// next pop.
-#[derive(Debug)]
+/// Forgetting a batch instead of dropping it is harmless: the producer learns of the room at
+/// the next batch, or with the next item.
 pub struct Batch<'a, T> {
-    consumer: &'a mut Consumer<T>,
+    slots: &'a [Slot<T>],
+    /// What the producer sees.
+    published: &'a AtomicUsize,
+    /// The consumer's own count. Follows `next` item by item, so that a forgotten batch repeats
+    /// none; it is not read back, which would put a store's way to memory and back between items.
+    head: &'a mut usize,
+    /// The item to be taken next.
+    next: usize,
     /// Items that may still be taken. Range: 0 ..= what the ring held when the batch was made.
     left: usize,
 }
@@ -312,9 +336,15 @@ impl<T> Iterator for Batch<'_, T> {
     #[inline]
     fn next(&mut self) -> Option<T> {
         self.left = self.left.checked_sub(1)?;
-        Some(self.consumer.read())
+        // SAFETY: as in `Consumer::pop`: at least `left` items were there when the batch was made,
+        // and nobody else can have taken one since: the batch borrows the consumer.
+        let item = slot(self.slots, self.next).with(|slot| unsafe { (*slot).assume_init_read() });
+        self.next = self.next.wrapping_add(1);
+        *self.head = self.next;
+        Some(item)
     }
 
+    #[inline]
     fn size_hint(&self) -> (usize, Option<usize>) {
         (self.left, Some(self.left))
     }
@@ -323,8 +353,18 @@ impl<T> Iterator for Batch<'_, T> {
 impl<T> ExactSizeIterator for Batch<'_, T> {}
 
 impl<T> Drop for Batch<'_, T> {
+    #[inline]
     fn drop(&mut self) {
-        self.consumer.publish();
+        if self.next != self.published.load(Relaxed) {
+            // Release pairs with the Acquire in `Producer::free`: the slots are read.
+            self.published.store(self.next, Release);
+        }
+    }
+}
+
+impl<T> fmt::Debug for Batch<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Batch").field("left", &self.left).finish_non_exhaustive()
     }
 }
 
@@ -487,6 +527,9 @@ mod tests {
         let mut batch = consumer.pop_batch(2);
         assert_eq!(batch.next().as_deref(), Some("a"));
         std::mem::forget(batch);
+        assert_eq!(producer.free(), 0);
+        drop(consumer.pop_batch(0));
+        assert_eq!(producer.free(), 1, "also a batch of nothing shows what was popped");
         assert_eq!(consumer.pop().as_deref(), Some("b"));
         assert_eq!(producer.free(), 2);
     }
@@ -504,6 +547,8 @@ mod tests {
             producer.push_batch(&mut failing)
         }));
         assert!(caught.is_err());
+        assert_eq!((consumer.len(), producer.push_batch(&mut std::iter::empty())), (0, 0));
+        assert_eq!(consumer.len(), 2, "also a batch of nothing shows what was pushed");
         producer.push(Box::new(7)).unwrap();
         let items: Vec<i32> = consumer.pop_batch(9).map(|item| *item).collect();
         assert_eq!(items, [1, 2, 7], "what was taken from the iterator is in the ring");

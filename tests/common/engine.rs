@@ -5,7 +5,6 @@
 use std::sync::Arc;
 
 use forebay::base::{Instant, TokenTable};
-use forebay::engine::ports::{DeviceEnds, FrontEnds, connect_device, connect_front};
 use forebay::engine::stats::EngineStats;
 use forebay::engine::{EngineConfig, EngineCore};
 use forebay::limits::Limits;
@@ -13,6 +12,7 @@ use forebay::message::{
     Ask, ControlMessage, Event, PlanRow, RequestMessage, Sampled, SeqKey, Step, StepFailure,
     StreamKey, Submission,
 };
+use forebay::ports::{DeviceEnds, FrontEnds, connect_device, connect_front};
 use forebay::request::{Class, FinishReason, Name, RejectReason, SamplingParams, TokenId, Usage};
 use forebay::ring::Doorbell;
 

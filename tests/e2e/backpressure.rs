@@ -1,6 +1,6 @@
 //! Who does not read is stopped, alone; what does not fit is refused, at once.
 
-use forebay::request::{FinishReason, RejectReason};
+use forebay::request::{Class, FinishReason, RejectReason};
 use forebay::runtime::Flavour;
 
 use crate::rig::{
@@ -147,4 +147,26 @@ fn sequences_that_outgrow_the_kv_pool_are_computed_again_and_read_the_same() {
     }
     assert!(stat(&client, "engine_preemptions") > 0, "the pool was large enough after all");
     rig.wait_until_idle();
+}
+
+#[test]
+fn who_would_wait_too_long_for_the_first_token_is_told_at_once_and_bulk_waits() {
+    let rig = Rig::start_with(FLAVOURS[0], |config| {
+        config.limits.ttft_target_ms = 1;
+        config.limits.running_max = 1;
+    });
+    let client = rig.connect();
+    // An answer to learn from: what comes next would wait a hundred steps, many times what its
+    // own prompt takes.
+    ask(&client, exactly("First", 100)).done();
+    let mut first = client.request(exactly("A long one", 200)).unwrap();
+    let head = take_first_tokens(&mut first);
+    let refused = ask(&client, exactly("Now", 5));
+    let rejection = refused.rejection();
+    assert_eq!(rejection.reason, RejectReason::TtftUnattainable);
+    assert!(rejection.retry_after_ms.is_some_and(|ms| ms > 0));
+    let mut bulk = exactly("Whenever", 5);
+    bulk.class = Class::Bulk;
+    assert_eq!(ask(&client, bulk).done().usage.output_tokens, 5);
+    assert_eq!(collect_into(first, head).done().usage.output_tokens, 200);
 }

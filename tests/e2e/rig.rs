@@ -33,6 +33,9 @@ impl Rig {
         let mut config = Config::default();
         config.server.listen = "127.0.0.1:0".parse().unwrap();
         config.kv.pool_bytes = Some(384 << 20);
+        // A slow or busy machine must neither refuse nor evict what these tests ask for.
+        config.limits.ttft_target_ms = 0;
+        config.limits.queue_ttl_ms = 600_000;
         tweak(&mut config);
         let server = Server::start(&config, "smollm2-135m", &common::smollm2(), flavour);
         Rig { server: Some(server.unwrap_or_else(|error| panic!("{error}"))) }

@@ -30,10 +30,11 @@ public:
   virtual void launch(const char *kernel, Grid grid, uint32_t threads, size_t shared_bytes,
                       const void *params, size_t params_bytes) = 0;
   virtual void synchronise() = 0;
-  // Timing; a GPU only.
+  // Whether as many bytes are free.
   virtual bool fits(size_t) { return true; }
-  virtual double seconds(const std::function<void()> &) { return 0; }
-  virtual double graph_seconds(const std::function<void()> &, int) { return 0; }
+  // Seconds of each of `count` runs of work, or of replays of the graph that it makes; a GPU only.
+  virtual std::vector<double> time_runs(const std::function<void()> &, int) { return {}; }
+  virtual std::vector<double> time_replays(const std::function<void()> &, int) { return {}; }
   // Whether each launch is waited for, so that a fault is found where it is made.
   bool is_careful = true;
 

@@ -145,31 +145,29 @@ public:
     check(driver_.cuMemGetInfo(&free, &total), "memory");
     return bytes + (256 << 20) < free;
   }
-  double seconds(const std::function<void()> &work) override {
-    check(driver_.cuEventRecord(start_, stream_), "event");
-    work();
-    check(driver_.cuEventRecord(end_, stream_), "event");
-    return elapsed();
+  std::vector<double> time_runs(const std::function<void()> &work, int count) override {
+    std::vector<double> seconds;
+    for (int i = 0; i < count; i++) {
+      synchronise();
+      check(driver_.cuEventRecord(start_, stream_), "event");
+      work();
+      check(driver_.cuEventRecord(end_, stream_), "event");
+      seconds.push_back(elapsed());
+    }
+    return seconds;
   }
-  // Of one replay, after `warm` others.
-  double graph_seconds(const std::function<void()> &work, int replays) override {
+  std::vector<double> time_replays(const std::function<void()> &work, int count) override {
     Handle graph, executable;
     check(driver_.cuStreamBeginCapture(stream_, 1), "capture");
     work();
     check(driver_.cuStreamEndCapture(stream_, &graph), "capture");
     check(driver_.cuGraphInstantiate(&executable, graph, 0), "graph");
-    for (int i = 0; i < 2; i++) {
-      check(driver_.cuGraphLaunch(executable, stream_), "graph");
-    }
-    check(driver_.cuEventRecord(start_, stream_), "event");
-    for (int i = 0; i < replays; i++) {
-      check(driver_.cuGraphLaunch(executable, stream_), "graph");
-    }
-    check(driver_.cuEventRecord(end_, stream_), "event");
-    const double each = elapsed() / replays;
+    const auto replay = [&] { check(driver_.cuGraphLaunch(executable, stream_), "graph"); };
+    replay(); // the first one loads it
+    const std::vector<double> seconds = time_runs(replay, count);
     check(driver_.cuGraphExecDestroy(executable), "graph");
     check(driver_.cuGraphDestroy(graph), "graph");
-    return each;
+    return seconds;
   }
 
 private:

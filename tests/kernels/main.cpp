@@ -7,6 +7,8 @@
 #include "reference.h"
 #ifdef FOREBAY_HOST
 #include "host/run.h"
+#else
+#include "bench.h"
 #endif
 
 Device *device;
@@ -45,7 +47,7 @@ int test(bool subset, const char *only) {
 }
 
 int usage() {
-  fprintf(stderr, "usage: kernel-tests [--subset] [--seed N] [--only GROUP] [FATBIN]...\n");
+  fprintf(stderr, "usage: kernel-tests [--subset] [--seed N] [--only GROUP] [--bench JSON] [FATBIN]...\n");
   return 2;
 }
 
@@ -53,7 +55,7 @@ int usage() {
 
 int main(int argc, char **argv) {
   std::vector<const char *> files;
-  const char *only = nullptr;
+  const char *only = nullptr, *json = nullptr;
   bool subset = false;
   uint32_t seed = 1;
   for (int i = 1; i < argc; i++) {
@@ -66,6 +68,8 @@ int main(int argc, char **argv) {
       return usage();
     } else if (option == "--only") {
       only = argv[++i];
+    } else if (option == "--bench") {
+      json = argv[++i];
     } else if (option == "--seed") {
       seed = (uint32_t)atoi(argv[++i]);
     } else {
@@ -73,7 +77,7 @@ int main(int argc, char **argv) {
     }
   }
 #ifdef FOREBAY_HOST
-  if (!files.empty()) {
+  if (!files.empty() || json != nullptr) {
     return usage();
   }
   fb_host_seed(seed);
@@ -90,5 +94,10 @@ int main(int argc, char **argv) {
 #endif
   device = owner.get();
   printf("%s\n", device->name().c_str());
+#ifndef FOREBAY_HOST
+  if (json != nullptr) {
+    return bench(json);
+  }
+#endif
   return test(subset, only);
 }

@@ -109,8 +109,8 @@ size_t kept(const std::vector<Candidate> &all, const std::vector<double> &weight
 }
 
 // Adds the tokens whose stretch holds the uniform number, within kNear of all.
-void draw(std::set<uint32_t> &right, std::vector<Candidate> all, std::vector<double> weights,
-          size_t end, double number) {
+void draw(std::set<uint32_t> &right, const std::vector<Candidate> &all,
+          const std::vector<double> &weights, size_t end, double number) {
   std::vector<std::pair<uint32_t, double>> by_id;
   double total = 0, running = 0;
   for (size_t i = 0; i < end; i++) {
@@ -144,11 +144,14 @@ std::set<uint32_t> right_tokens(const Request &request) {
   }
   std::set<uint32_t> right;
   const double number = uniform(slot.seed, request.position);
+  std::set<size_t> ends; // one, unless a cut is close
   for (const double p_factor : {1 - kNear, 1.0, 1 + kNear}) {
     for (const double min_factor : {1 - kNear, 1 + kNear}) {
-      const size_t end = kept(all, weights, slot, logits.size(), p_factor, min_factor);
-      draw(right, all, weights, end, number);
+      ends.insert(kept(all, weights, slot, logits.size(), p_factor, min_factor));
     }
+  }
+  for (const size_t end : ends) {
+    draw(right, all, weights, end, number);
   }
   return right;
 }
@@ -349,8 +352,8 @@ void test_sampling(bool subset) {
   vocab_case(50, 1);
   vocab_case(1003, 1);
   vocab_case(5000, 1);
-  vocab_case(49152, device->is_gpu() ? 1 : 6);
+  vocab_case(49152, device->is_gpu() ? 2 : 6);
   if (device->is_gpu()) {
-    vocab_case(128256, 1);
+    vocab_case(128256, 2);
   }
 }

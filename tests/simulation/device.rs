@@ -75,6 +75,8 @@ impl SimBackend {
             weight_bytes: 0,
             workspace_bytes: 0,
             depth,
+            on_device: false,
+            host_bytes: 0,
         };
         SimBackend { device, description }
     }

@@ -5,11 +5,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use forebay::base::{Instant, Prng, TokenTable};
-use forebay::engine::ports::FrontEnds;
 use forebay::limits::Limits;
 use forebay::message::{
     Ask, ControlMessage, EVENT_BATCHES, Event, EventBatch, RequestMessage, StreamKey, Submission,
 };
+use forebay::ports::FrontEnds;
 use forebay::request::{FinishReason, Name, RejectReason};
 
 use crate::options::Options;

@@ -4,10 +4,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use forebay::base::{Instant, Prng, Ratio, TokenTable};
-use forebay::engine::ports::FrontEnds;
-use forebay::front::{
-    Action, ByteTokeniser, CloseHow, ConnId, FrontCore, FrontLinks, FrontSettings,
-};
+use forebay::front::{Action, ByteTokeniser, CloseHow, ConnId, FrontCore, FrontSettings};
+use forebay::ports::FrontEnds;
 
 use crate::client::{Asked, Client, Manners};
 use crate::model;
@@ -62,13 +60,11 @@ impl Wire {
         mut prng: Prng,
         plans: Vec<Plan>,
     ) -> Wire {
-        let FrontEnds { requests, control, events, engine_bell } = ends;
         let mut settings = FrontSettings::new(options.limits.clone(), "simulated", model::VOCAB);
         settings.front = number;
         settings.body_timeout_ms = 1_000;
         let tokenise = Box::new(ByteTokeniser::new(model::VOCAB));
-        let links = FrontLinks { requests, control, events, engine_bell };
-        let core = FrontCore::new(settings, tokenise, links);
+        let core = FrontCore::new(settings, tokenise, ends);
         let count = prng.between(1, 6) as usize;
         let mut shares: Vec<Vec<Asked>> = (0..count).map(|_| Vec::new()).collect();
         let bytes_of = |token| table.bytes(token).to_vec();

@@ -6,9 +6,10 @@ use std::rc::Rc;
 
 use forebay::base::{Instant, Prng, Ratio};
 use forebay::device::DeviceCore;
-use forebay::engine::ports::{connect_device, connect_front};
 use forebay::engine::{EngineConfig, EngineCore};
 use forebay::message::EVENT_BATCHES;
+use forebay::ports::{connect_device, connect_front};
+use forebay::request::{FinishReason, RejectReason};
 use forebay::ring::Doorbell;
 
 use crate::device::{Device, SimBackend};
@@ -28,8 +29,8 @@ pub struct Seen {
     pub runs: u64,
     pub steps: u64,
     pub tokens: u64,
-    pub finished: [u64; forebay::engine::stats::FINISH_REASONS],
-    pub rejected: [u64; forebay::engine::stats::REJECT_REASONS],
+    pub finished: [u64; FinishReason::ALL.len()],
+    pub rejected: [u64; RejectReason::ALL.len()],
     pub preemptions: u64,
     pub reservations: u64,
     pub kv_drops: u64,

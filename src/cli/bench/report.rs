@@ -93,6 +93,8 @@ pub struct Report {
     pub ttft_ms: Times,
     /// Time between tokens.
     pub itl_ms: Times,
+    /// From the intended beginning until a request was refused or evicted.
+    pub refusal_ms: Times,
     /// Targets of a good request.
     pub slo: SloReport,
     /// From the intended beginning until a request was sent: the generator's own lateness.
@@ -134,6 +136,7 @@ impl Report {
             requests_per_s: per_s(tally.ends),
             ttft_ms: Times::of(&tally.ttft_ns),
             itl_ms: Times::of(&tally.itl_ns),
+            refusal_ms: Times::of(&tally.refusal_ns),
             slo: SloReport {
                 ttft_ms: slo.ttft_ns as f64 / 1e6,
                 itl_ms: slo.itl_ns as f64 / 1e6,
@@ -222,9 +225,13 @@ impl Report {
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
         table.set_header(["ms", "mean", "p50", "p90", "p95", "p99", "max"]);
-        for (name, times) in
-            [("TTFT", &self.ttft_ms), ("ITL", &self.itl_ms), ("send lateness", &self.send_late_ms)]
-        {
+        let all = [
+            ("TTFT", &self.ttft_ms),
+            ("ITL", &self.itl_ms),
+            ("refusal", &self.refusal_ms),
+            ("send lateness", &self.send_late_ms),
+        ];
+        for (name, times) in all.into_iter().filter(|(_, times)| times.count > 0) {
             let values = [times.mean, times.p50, times.p90, times.p95, times.p99, times.max];
             let cells = values.iter().map(|value| format!("{value:.2}"));
             table.add_row(std::iter::once(name.to_owned()).chain(cells));

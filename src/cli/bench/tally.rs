@@ -101,6 +101,8 @@ pub struct Tally {
     pub ttft_ns: Histogram<u64>,
     /// Time between tokens.
     pub itl_ns: Histogram<u64>,
+    /// From a request's intended beginning until it was refused or evicted.
+    pub refusal_ns: Histogram<u64>,
     /// How long after its intended beginning a request was sent.
     pub late_ns: Histogram<u64>,
 }
@@ -134,6 +136,7 @@ impl Tally {
             ends: 0,
             ttft_ns: histogram(),
             itl_ns: histogram(),
+            refusal_ns: histogram(),
             late_ns: histogram(),
         }
     }
@@ -209,7 +212,10 @@ impl Tally {
                 }
             }
             End::Early(why) => *self.early.entry(why).or_default() += 1,
-            End::Rejected(why) => *self.rejected.entry(why).or_default() += 1,
+            End::Rejected(why) => {
+                *self.rejected.entry(why).or_default() += 1;
+                record(&mut self.refusal_ns, now_ns.saturating_sub(progress.intended_ns), 1);
+            }
             End::Broken => self.broken += 1,
         }
     }

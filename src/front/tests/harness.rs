@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::base::Instant;
-use crate::flow::{Receiver, link};
-use crate::front::{Action, ByteTokeniser, CloseHow, ConnId, FrontCore, FrontLinks, FrontSettings};
+use crate::flow::Receiver;
+use crate::front::{Action, ByteTokeniser, CloseHow, ConnId, FrontCore, FrontSettings};
 use crate::limits::Limits;
 use crate::message::{
     Ask, ControlMessage, EVENT_BATCHES, Event, EventBatch, RequestMessage, SeqKey, StreamKey,
     Submission,
 };
+use crate::ports::{FrontPort, connect_front};
 use crate::protocol::{
     Accepted, Capabilities, ClientFrame, Decoder, Done, Hello, Piece, Request, RequestPrompt,
     ServerFrame, Side, encode_body, encode_body_frame, encode_request, encode_request_frame,
@@ -67,18 +68,10 @@ impl Harness {
     }
 
     pub(super) fn with(settings: FrontSettings) -> Harness {
-        let bell = Doorbell::new();
-        let (sender, requests) = link("requests", 4, Doorbell::new(), bell.clone());
-        let (producer, control) = ring(FrontLinks::control_capacity(&settings.limits));
-        let (events, consumer) = ring(EVENT_BATCHES);
-        let links = FrontLinks {
-            requests: sender,
-            control: producer,
-            events: consumer,
-            engine_bell: Doorbell::new(),
-        };
+        let (port, ends) = connect_front(&settings.limits, &Doorbell::new(), &Doorbell::new());
+        let FrontPort { requests, control, events, .. } = port;
         Harness {
-            core: FrontCore::new(settings, Box::new(ByteTokeniser::new(300)), links),
+            core: FrontCore::new(settings, Box::new(ByteTokeniser::new(300)), ends),
             now: Instant::ZERO,
             requests,
             control,

@@ -5,15 +5,16 @@ use std::collections::BTreeMap;
 
 use forebay::base::Instant;
 use forebay::client::{ClientCore, ClientOptions, Request, RequestPrompt};
-use forebay::flow::{Receiver, link};
-use forebay::front::{Action, ByteTokeniser, ConnId, FrontCore, FrontLinks, FrontSettings};
+use forebay::flow::Receiver;
+use forebay::front::{Action, ByteTokeniser, ConnId, FrontCore, FrontSettings};
 use forebay::limits::Limits;
 use forebay::message::{
     ControlMessage, EVENT_BATCHES, Event, EventBatch, RequestMessage, SeqKey, StreamKey,
 };
+use forebay::ports::{FrontPort, connect_front};
 use forebay::protocol::{ClientFrame, Decoder, Piece, ServerFrame, Side, decode_body};
 use forebay::request::{FinishReason, Timings, Usage};
-use forebay::ring::{Consumer, Doorbell, Producer, ring};
+use forebay::ring::{Consumer, Doorbell, Producer};
 
 /// How far a client's bytes got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -193,18 +194,10 @@ struct World {
 impl World {
     fn new() -> World {
         let limits = Limits { context_max: 200, ..Limits::tiny() };
-        let bell = Doorbell::new();
-        let (sender, requests) = link("requests", 4, Doorbell::new(), bell);
-        let (control_in, control) = ring(FrontLinks::control_capacity(&limits));
-        let (events, consumer) = ring(EVENT_BATCHES);
-        let links = FrontLinks {
-            requests: sender,
-            control: control_in,
-            events: consumer,
-            engine_bell: Doorbell::new(),
-        };
+        let (port, ends) = connect_front(&limits, &Doorbell::new(), &Doorbell::new());
+        let FrontPort { requests, control, events, .. } = port;
         let settings = FrontSettings::new(limits, "bytes", 300);
-        let mut core = FrontCore::new(settings, Box::new(ByteTokeniser::new(300)), links);
+        let mut core = FrontCore::new(settings, Box::new(ByteTokeniser::new(300)), ends);
         let conn = ConnId { slot: 0, generation: 0 };
         core.handle_accepted(conn, Instant::ZERO);
         let engine = Engine {

@@ -141,7 +141,7 @@ void start(uint32_t index) {
 }
 
 void run_block() {
-  memset(dynamic_shared.data(), kNaN, dynamic_shared.size());
+  std::fill(dynamic_shared.begin(), dynamic_shared.end(), (char)kNaN);
   if (__start_fb_shared != nullptr) {
     memset(__start_fb_shared, kNaN, __stop_fb_shared - __start_fb_shared);
   }
@@ -399,6 +399,10 @@ void fb_host_ldmatrix(uint32_t *r, int count, bool trans, const void *row) {
 void fb_host_cp_async(void *dst, const void *src, int bytes, int src_bytes) {
   if ((uintptr_t)dst % bytes != 0 || (src_bytes > 0 && (uintptr_t)src % bytes != 0)) {
     fail("cp.async between addresses that are not aligned");
+  }
+  const char *to = (const char *)dst, *begin = dynamic_shared.data();
+  if (to < begin || to + bytes > begin + dynamic_shared.size()) {
+    fail("cp.async to outside the block's dynamic shared memory");
   }
   memset(dst, kNaN, bytes);
   self().copies.push_back({dst, src, bytes, src_bytes, self().groups});

@@ -1,4 +1,4 @@
-//! The engine's ends of its rings, and their other ends.
+//! The rings that join the engine to a front core and to the device core: both ends of each.
 
 use std::sync::Arc;
 
@@ -25,12 +25,21 @@ pub struct FrontPort {
 pub struct FrontEnds {
     /// Asks and submissions.
     pub requests: Sender<RequestMessage>,
-    /// Credits, cancels and emptied batches. Who pushes rings `engine_bell`.
+    /// Credits, cancels and emptied batches, with room for [`FrontEnds::control_capacity`]. Who
+    /// pushes rings `engine_bell`.
     pub control: Producer<ControlMessage>,
     /// Filled batches, each to be sent back.
     pub events: Consumer<Box<EventBatch>>,
     /// The engine's bell.
     pub engine_bell: Arc<Doorbell>,
+}
+
+impl FrontEnds {
+    /// How many messages the control ring needs room for: one credit and one cancel for each
+    /// sequence there can be, and every batch on its way back.
+    pub fn control_capacity(limits: &Limits) -> usize {
+        2 * limits.sequences_max() as usize + EVENT_BATCHES
+    }
 }
 
 /// Makes the rings between the engine and one front core.
@@ -42,11 +51,9 @@ pub fn connect_front(
     // An ask and the submission that follows its grant are never in the ring together, but the
     // submissions of earlier grants and as many new asks are.
     let requests_capacity = 2 * limits.asks_max as usize;
-    // One credit and one cancel for each sequence there can be, and every batch on its way back.
-    let control_capacity = 2 * limits.sequences_max() as usize + EVENT_BATCHES;
     let (sender, receiver) =
         link("requests", requests_capacity, Arc::clone(engine_bell), Arc::clone(front_bell));
-    let (control_in, control_out) = ring(control_capacity);
+    let (control_in, control_out) = ring(FrontEnds::control_capacity(limits));
     let (events_in, events_out) = ring(EVENT_BATCHES);
     let port = FrontPort {
         requests: receiver,
