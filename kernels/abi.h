@@ -123,10 +123,15 @@ typedef struct fb_rmsnorm {
 // forebay_gemm_<type>_<epilogue>_<n>: C[token][row] = sum over k of W[row][k] X[token][k], and what
 // the epilogue makes of it.  type: bf16 q8 q4 q4m.  epilogue: store residual qkv swiglu.
 // n: tokens of a CTA's tile, 8 16 32 64.
-// Grid (N/16 / (FB_GEMM_WARPS / ksplit), ceil(T/n)), 32 x FB_GEMM_WARPS threads. ksplit warps share
-// a row tile, each summing its own contiguous part of K; parts are added in order. ksplit (1, 2, 4
-// or 8) is fixed by the weight's shape, see fb_ksplit.
+// Grid (fb_gemm_grid_x, ceil(T/n)), 32 x FB_GEMM_WARPS threads, fb_gemm_shared_bytes. K is cut into
+// ksplit (1, 2, 4 or 8) contiguous parts, fixed by the weight's shape (fb_ksplit); each is summed on
+// its own and the parts are added in order. Either ksplit warps share a row tile, a part each, or,
+// `in_turn`, one warp goes through all parts: the same operations in the same order, so the same
+// bits. The first fills a GPU with few tokens, the second reads less of X where there are many. A
+// launch in turn passes 1 for ksplit to the two functions of its geometry; kernels for fewer tokens
+// than FB_GEMM_IN_TURN cannot do it.
 #define FB_GEMM_WARPS 8
+#define FB_GEMM_IN_TURN 64
 
 // Warps that share a row tile of a weight [n][k]: as many as give about 128 blocks, as long as each
 // warp keeps at least 4 tiles of K. (Twice as many blocks were measured: 2 % faster with one token,
@@ -139,6 +144,13 @@ static inline uint32_t fb_ksplit(uint32_t n, uint32_t k) {
     split *= 2;
   }
   return split;
+}
+
+// Whether a launch for T tokens in tiles of n should take parts in turn: when there is a block for
+// every one of 132 SMs even so.
+static inline uint32_t fb_gemm_in_turn(uint32_t rows, uint32_t tokens, uint32_t n) {
+  return n >= FB_GEMM_IN_TURN &&
+         rows / FB_TILE_ROWS / FB_GEMM_WARPS * ((tokens + n - 1) / n) >= 132;
 }
 
 // Columns of every part of K that a block works on between two barriers.
@@ -173,13 +185,16 @@ static inline uint32_t fb_gemm_grid_x(uint32_t rows, uint32_t ksplit) {
 }
 
 // Dynamic shared memory: two chunks of X and the warps' weights; then, in the same place, the parts
-// of the result.
+// of the result; behind it where a warp may add to them as it goes.
 static inline uint32_t fb_gemm_shared_bytes(uint32_t type, uint32_t n, uint32_t ksplit) {
   const uint32_t chunk = fb_gemm_chunk(type, n);
   const uint32_t weights =
       FB_GEMM_WARPS * fb_gemm_stages(type, n) * (chunk / FB_TILE_COLS) * fb_tile_bytes(type);
   const uint32_t used = 2 * ksplit * n * chunk * 2 + weights;
   const uint32_t parts = FB_GEMM_WARPS * n * FB_GEMM_PITCH * 4;
+  if (n >= FB_GEMM_IN_TURN && ksplit == 1) {
+    return used + parts;
+  }
   return used > parts ? used : parts;
 }
 
@@ -188,7 +203,7 @@ typedef struct fb_gemm {
   const fb_bf16 *x;      // [T][K]
   const uint32_t *count; // tokens that are real (a field of fb_step)
   uint32_t ksplit;
-  uint32_t reserved;
+  uint32_t in_turn; // 1: a warp goes through its row tile's parts of K, 0: ksplit warps have one each
   // store: y32[T][N] = C (the logits).   residual: y32[T][N] += C.
   float *y32;
   // swiglu (paired rows): y16[T][N/2] = bf16(silu(gate) x up).   qkv: the queries, [T][heads][head_dim].

@@ -7,8 +7,8 @@
 // share its scoreboard are waited for too, and half of the bandwidth was all there was.) Activations
 // come out of L2 through registers, a chunk ahead, into shared memory for all warps of the block.
 //
-// The order of a token's sum depends on the weight's shape alone: a warp adds its part of K tile by
-// tile, and the parts of a row are added in order.
+// The order of a token's sum depends on the weight's shape alone: each part of K is summed tile by
+// tile, and the parts of a row are added in order, be they several warps' or one's, in turn.
 #include "abi.h"
 #include "primitives.cuh"
 #include "weights.cuh"
@@ -139,6 +139,22 @@ template <int TYPE, int N> struct Weights {
   }
 };
 
+// A part's sums go to their place in shared memory, or onto those of the warp's parts before it.
+template <int N>
+__device__ __forceinline__ void put_part(float *parts, const float (&sums)[N / 8][4],
+                                         bool is_first) {
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int column = 0; column < N / 8; column++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint32_t token = column * 8 + lane % 4 * 2 + i % 2, row = lane / 4 + i / 2 * 8;
+      float &at = parts[(warp * N + token) * FB_GEMM_PITCH + row];
+      at = is_first ? sums[column][i] : __fadd_rn(at, sums[column][i]);
+    }
+  }
+}
+
 // Adds a tile of weights times its columns of activations to the sums.
 template <int TYPE, int N>
 __device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const Tile<TYPE> &tile,
@@ -179,12 +195,12 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const Tile<TYP
   }
 }
 
-// A warp's part of the sums of its 16 rows.
+// The sums of a warp's 16 rows: of its part of K as `cut`, and if that is all of K, of the parts
+// that K has as `inner`. Gives where the parts lie, [warp][token][FB_GEMM_PITCH].
 template <int TYPE, int N>
-__device__ __forceinline__ void accumulate(float (&sums)[N / 8][4], const fb_gemm &p,
-                                           unsigned char *shared, const Cut &cut,
-                                           uint32_t row_tile, uint32_t part, uint32_t token,
-                                           uint32_t count) {
+__device__ __forceinline__ float *accumulate(const fb_gemm &p, unsigned char *shared,
+                                             const Cut &cut, const Cut &inner, uint32_t row_tile,
+                                             uint32_t part, uint32_t token, uint32_t count) {
   using X = Activations<TYPE, N>;
   using W = Weights<TYPE, N>;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -201,6 +217,14 @@ __device__ __forceinline__ void accumulate(float (&sums)[N / 8][4], const fb_gem
   weights.tiles = (const unsigned char *)p.weight.tiles + first * Tile<TYPE>::kBytes;
   weights.scales = (const unsigned char *)p.weight.scales + first * Tile<TYPE>::kScaleBytes;
   weights.count = has_rows ? cut.first(part + 1) - cut.first(part) : 0;
+  // What is added to as the warp goes cannot lie where the rings are.
+  const bool may_turn = N >= FB_GEMM_IN_TURN && cut.parts == 1;
+  static_assert(N < FB_GEMM_IN_TURN || X::kTiles == 1, "a part ends with a chunk");
+  float *parts = (float *)(shared + (may_turn ? 2 * X::kPartBytes +
+                                                    FB_GEMM_WARPS * W::kStages * W::kStageBytes
+                                              : 0));
+  uint32_t turn = 0, turn_ends = may_turn ? inner.first(1) : 0;
+  float sums[N / 8][4] = {};
 
 #pragma unroll
   for (uint32_t chunk = 0; chunk < W::kStages - 1; chunk++) {
@@ -225,9 +249,23 @@ __device__ __forceinline__ void accumulate(float (&sums)[N / 8][4], const fb_gem
                           lane);
       }
     }
+    if (N >= FB_GEMM_IN_TURN && chunk + 1 == turn_ends) {
+      put_part<N>(parts, sums, turn == 0);
+#pragma unroll
+      for (int i = 0; i < N / 8 * 4; i++) {
+        sums[i / 4][i % 4] = 0;
+      }
+      turn += 1;
+      turn_ends = inner.first(turn + 1);
+    }
   }
   fb_cp_async_wait<0>();
   __syncthreads();
+  if (!may_turn) {
+    put_part<N>(parts, sums, true);
+    __syncthreads();
+  }
+  return parts;
 }
 
 // What becomes of the two rows of a pair.
@@ -278,33 +316,33 @@ __device__ __forceinline__ float total(const float *parts, uint32_t tile, uint32
   return sum;
 }
 
+// Which rows, counted in blocks, and which tokens a block has. Blocks that run at the same time
+// share rows, so that many tokens read the weights from memory once: 16 tiles of tokens to each.
+template <int N>
+__device__ __forceinline__ void find_block(uint32_t &rows, uint32_t &token) {
+  const uint32_t number = blockIdx.y * gridDim.x + blockIdx.x, group = number / (16 * gridDim.x);
+  const uint32_t within = number % (16 * gridDim.x), width = min(16u, gridDim.y - group * 16);
+  rows = within / width;
+  token = (group * 16 + within % width) * N;
+}
+
 template <int TYPE, int EPILOGUE, int N> __device__ __forceinline__ void gemm(const fb_gemm &p) {
   FB_DYNAMIC_SHARED(shared);
-  const uint32_t token = blockIdx.y * N, count = *p.count;
+  uint32_t first_tile, token;
+  find_block<N>(first_tile, token);
+  const uint32_t count = *p.count;
   if (token >= count) {
     return;
   }
-  const uint32_t tokens = min(count - token, (uint32_t)N);
-  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t tiles = FB_GEMM_WARPS / p.ksplit; // of rows, in this block
-  const uint32_t first_tile = blockIdx.x * tiles;
+  const uint32_t tokens = min(count - token, (uint32_t)N), warp = threadIdx.x / 32;
+  const uint32_t shares = N >= FB_GEMM_IN_TURN && p.in_turn ? 1 : p.ksplit; // warps of a row tile
+  const uint32_t tiles = FB_GEMM_WARPS / shares; // of rows, in this block
+  first_tile *= tiles;
   const uint32_t k_tiles = p.weight.columns / FB_TILE_COLS;
-  const Cut cut = {p.ksplit, k_tiles / p.ksplit, k_tiles % p.ksplit};
-
-  float sums[N / 8][4] = {};
-  accumulate<TYPE, N>(sums, p, shared, cut, first_tile + warp / p.ksplit, warp % p.ksplit, token,
-                      count);
-
-  float *parts = (float *)shared; // [warp][token][FB_GEMM_PITCH]
-#pragma unroll
-  for (int column = 0; column < N / 8; column++) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const uint32_t at = column * 8 + lane % 4 * 2 + i % 2, row = lane / 4 + i / 2 * 8;
-      parts[(warp * N + at) * FB_GEMM_PITCH + row] = sums[column][i];
-    }
-  }
-  __syncthreads();
+  const Cut inner = {p.ksplit, k_tiles / p.ksplit, k_tiles % p.ksplit};
+  const Cut cut = shares == p.ksplit ? inner : Cut{1, k_tiles, 0};
+  const float *parts = accumulate<TYPE, N>(p, shared, cut, inner, first_tile + warp / shares,
+                                           warp % shares, token, count);
 
   constexpr bool kPaired = EPILOGUE == QKV || EPILOGUE == SWIGLU;
   const uint32_t rows = kPaired ? FB_TILE_ROWS / 2 : FB_TILE_ROWS; // or pairs, of a tile
@@ -314,14 +352,14 @@ template <int TYPE, int EPILOGUE, int N> __device__ __forceinline__ void gemm(co
     if (out >= (kPaired ? p.weight.rows / 2 : p.weight.rows)) {
       continue;
     }
-    const float first = total<N>(parts, tile, p.ksplit, column, row);
+    const float first = total<N>(parts, tile, shares, column, row);
     if (EPILOGUE == STORE) {
       p.y32[(size_t)(token + column) * p.weight.rows + out] = first;
     } else if (EPILOGUE == RESIDUAL) {
       float *y = p.y32 + (size_t)(token + column) * p.weight.rows + out;
       *y = __fadd_rn(*y, first);
     } else {
-      const float second = total<N>(parts, tile, p.ksplit, column, row + 8);
+      const float second = total<N>(parts, tile, shares, column, row + 8);
       EPILOGUE == QKV ? qkv(p, token + column, out, first, second)
                       : swiglu(p, token + column, out, first, second);
     }

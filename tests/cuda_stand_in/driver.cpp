@@ -202,8 +202,10 @@ void gemm(const fb_gemm &p, Grid grid, const std::string &epilogue, uint32_t wid
   if (tokens > grid.y * width) fail("a product's grid does not cover its tokens");
   uint32_t bands = (n + FB_TILE_ROWS - 1) / FB_TILE_ROWS;
   if (p.ksplit != fb_ksplit(n, p.weight.columns)) fail("another split of K");
-  if (grid.x != fb_gemm_grid_x(n, p.ksplit)) fail("a product's grid does not cover its rows");
-  if (grid.shared != fb_gemm_shared_bytes(p.weight.type, width, p.ksplit)) fail("a product's shared memory");
+  if (p.in_turn && width < FB_GEMM_IN_TURN) fail("a product that cannot take its parts in turn");
+  const uint32_t sharing = p.in_turn ? 1 : p.ksplit;
+  if (grid.x != fb_gemm_grid_x(n, sharing)) fail("a product's grid does not cover its rows");
+  if (grid.shared != fb_gemm_shared_bytes(p.weight.type, width, sharing)) fail("a product's shared memory");
   std::vector<float> c = product(p, tokens);
   size_t stride = size_t(bands) * FB_TILE_ROWS;
   for (uint32_t t = 0; t < tokens; t++) {

@@ -40,7 +40,7 @@ public:
   };
 
   // Runs tokens `chosen` in this order as one step, through the kernel for tiles of n.
-  Output run(uint32_t n, const std::vector<uint32_t> &chosen) {
+  Output run(uint32_t n, const std::vector<uint32_t> &chosen, Parts parts) {
     const uint32_t count = (uint32_t)chosen.size(), padded = (count + n - 1) / n * n + n;
     std::vector<fb_bf16> x;
     std::vector<uint32_t> positions, places;
@@ -75,15 +75,16 @@ public:
     p.kv_heads = shape_.kv_heads;
     p.head_dim = shape_.head_dim;
     p.rope_dims = shape_.rope_dims;
-    launch_gemm(p, shape_.epilogue, n, padded); // a tile of tokens too many
+    launch_gemm(p, shape_.epilogue, n, padded, parts); // a tile of tokens too many
     return collect(y32_at.values(), y16.values(), kv.values(), places, count);
   }
 
   // Distance to f64 within limits, nothing written elsewhere, bits as in `alone` if there.
-  void check_run(uint32_t n, const std::vector<uint32_t> &chosen) {
+  void check_run(uint32_t n, const std::vector<uint32_t> &chosen, Parts parts = SPREAD) {
     const std::string what = name_ + " n=" + std::to_string(n) + " T=" +
-                             std::to_string(chosen.size());
-    const Output output = run(n, chosen);
+                             std::to_string(chosen.size()) +
+                             (parts == IN_TURN ? " in turn" : "");
+    const Output output = run(n, chosen, parts);
     std::vector<double> want;
     for (const uint32_t token : chosen) {
       const auto from = want_.begin() + (size_t)token * output.width;
@@ -264,11 +265,13 @@ void gemm_case(const Shape &shape, uint32_t type, bool subset) {
   it.check_run(8, tokens(69, 1));
   it.check_run(16, tokens(0, 13));
   it.check_run(8, tokens(3, 9, 3));
+  it.check_run(64, tokens(5, 2), IN_TURN);
   if (subset) {
     return;
   }
   it.check_run(32, tokens(69, 29, 69)); // backwards
   it.check_run(64, tokens(0, 70));
+  it.check_run(64, tokens(1, 69), IN_TURN);
 }
 
 } // namespace

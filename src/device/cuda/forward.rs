@@ -463,13 +463,17 @@ impl Forward {
     ) -> Result<(), DriverError> {
         let width = GEMM_TOKENS.iter().position(|&width| tokens <= width);
         let width = width.unwrap_or(GEMM_TOKENS.len() - 1);
+        let (rows, each) = (parameters.weight.rows, GEMM_TOKENS[width]);
         // SAFETY: as in `gemm_shared_bytes`.
-        let x = unsafe { abi::fb_gemm_grid_x(parameters.weight.rows, parameters.ksplit) };
-        let y = tokens.div_ceil(GEMM_TOKENS[width]);
+        let in_turn = unsafe { abi::fb_gemm_in_turn(rows, tokens as u32, each as u32) };
+        let parameters = abi::fb_gemm { in_turn, ..*parameters };
+        let sharing = if in_turn != 0 { 1 } else { parameters.ksplit };
+        // SAFETY: as in `gemm_shared_bytes`.
+        let x = unsafe { abi::fb_gemm_grid_x(rows, sharing) };
         let kernel = self.kernels.gemm(matrix, epilogue, width);
-        let shared =
-            gemm_shared_bytes(matrix.matrix.storage, GEMM_TOKENS[width], parameters.ksplit);
-        self.launch_with(kernel, [x as usize, y, 1], (GEMM_THREADS, shared), parameters)
+        let shared = gemm_shared_bytes(matrix.matrix.storage, each, sharing);
+        let grid = [x as usize, tokens.div_ceil(each), 1];
+        self.launch_with(kernel, grid, (GEMM_THREADS, shared), &parameters)
     }
 
     fn kv_layer(&self, layer: usize) -> Address {
