@@ -213,6 +213,25 @@ pub enum FinishReason {
 }
 
 impl FinishReason {
+    /// All reasons, in the order of their wire numbers.
+    pub const ALL: [FinishReason; 10] = [
+        FinishReason::EndOfText,
+        FinishReason::StopString,
+        FinishReason::MaxTokens,
+        FinishReason::ContextFull,
+        FinishReason::Cancelled,
+        FinishReason::Deadline,
+        FinishReason::Stalled,
+        FinishReason::ShuttingDown,
+        FinishReason::DeviceFailed,
+        FinishReason::Operator,
+    ];
+
+    /// The reason with this wire number.
+    pub fn from_wire(number: u8) -> Option<FinishReason> {
+        FinishReason::ALL.get(usize::from(number)).copied()
+    }
+
     /// The name used in metrics, logs and reports.
     pub const fn name(self) -> &'static str {
         match self {
@@ -255,6 +274,24 @@ pub enum RejectReason {
 }
 
 impl RejectReason {
+    /// All reasons, in the order of their wire numbers.
+    pub const ALL: [RejectReason; 9] = [
+        RejectReason::QueueFull,
+        RejectReason::ExceedsCapacity,
+        RejectReason::Invalid,
+        RejectReason::TooManyStreams,
+        RejectReason::ShuttingDown,
+        RejectReason::NoCapacity,
+        RejectReason::DeadlineUnattainable,
+        RejectReason::QueueTtlExpired,
+        RejectReason::DeadlineExpired,
+    ];
+
+    /// The reason with this wire number.
+    pub fn from_wire(number: u8) -> Option<RejectReason> {
+        RejectReason::ALL.get(usize::from(number)).copied()
+    }
+
     /// The name used in metrics, logs and reports.
     pub const fn name(self) -> &'static str {
         match self {

@@ -15,6 +15,7 @@ mod suggest;
 mod value;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 pub use load::{Flag, Loaded, TomlFile, describe_settings, load};
 pub use model_name::{DEFAULT_MODEL, HubFile, KNOWN_MODELS, KnownModel, ModelName, ModelNameError};
@@ -102,6 +103,8 @@ pub struct Drain {
 pub struct Runtime {
     /// How sockets are driven.
     pub io: Io,
+    /// Where the flight recorders are dumped; `None`: to standard error.
+    pub recorder_file: Option<PathBuf>,
 }
 
 /// How sockets are driven.
@@ -124,7 +127,7 @@ impl Default for Config {
             kv: Kv { pool_bytes: None },
             compute: Compute { threads: None, isa: Isa::Auto },
             drain: Drain { delay_ms: 0, timeout_ms: 60_000 },
-            runtime: Runtime { io: Io::Auto },
+            runtime: Runtime { io: Io::Auto, recorder_file: None },
         }
     }
 }

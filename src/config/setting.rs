@@ -114,6 +114,17 @@ pub(super) const SETTINGS: &[Setting] = &[
     choice!("runtime.io", runtime.io,
         ["auto" => Io::Auto, "io_uring" => Io::IoUring, "epoll" => Io::Epoll],
         "how sockets are driven"),
+    Setting {
+        key: "runtime.recorder_file",
+        about: "where the flight recorders go on a panic, a stall or SIGUSR1: stderr or a path",
+        allowed: Allowed::Output,
+        set: |config, value| {
+            if let Value::Output(file) = value {
+                config.runtime.recorder_file = file;
+            }
+        },
+        get: |config| Value::Output(config.runtime.recorder_file.clone()),
+    },
     number!(
         "drain.delay_ms",
         drain.delay_ms,

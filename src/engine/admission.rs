@@ -6,6 +6,7 @@ use crate::request::{RejectReason, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 
 use super::EngineCore;
 use super::ledger::Shortage;
+use super::record::Flight;
 use super::sequence::State;
 
 /// Requests read from one front core in one tick. A submission costs a few microseconds (its
@@ -41,8 +42,12 @@ impl EngineCore {
     fn handle_ask(&mut self, front: usize, ask: &Ask, now: Instant) {
         self.counters.asks += 1;
         self.load.arrived(now);
+        let (stream, class) = (ask.stream.recorded(), ask.class as u64);
+        self.note(now, Flight::Ask, [stream, class, ask.input_tokens.into()]);
         if let Err((reason, retry_after_ms)) = self.grant(front, ask, now) {
             self.counters.rejected[reason as usize] += 1;
+            let retry_ms = u64::from(retry_after_ms.unwrap_or(0));
+            self.note(now, Flight::Refuse, [stream, reason as u64, retry_ms]);
             self.fronts[front].answer(ask.stream, reason, retry_after_ms);
         }
     }
@@ -92,6 +97,8 @@ impl EngineCore {
         sequence.times.queue_until = now.plus_ms(self.limits.queue_ttl_ms);
         sequence.egress.grant_due = true;
         self.arrivals += 1;
+        let seq = self.sequences.key(index).recorded();
+        self.note(now, Flight::Grant, [ask.stream.recorded(), seq, 0]);
         self.watch(index);
         self.tell(index);
         Ok(())
@@ -144,6 +151,8 @@ impl EngineCore {
         let position = self.queue.push(&mut self.sequences, index);
         self.sequences[index].egress.accepted_due = Some(position);
         self.counters.accepted += 1;
+        let seq = submission.seq.recorded();
+        self.note(now, Flight::Accept, [seq, prompt_tokens.into(), position.into()]);
         self.tell(index);
     }
 

@@ -19,6 +19,7 @@
 //! | `reclaim.rs` | who may take blocks from whom |
 //! | `results.rs` | a finished step → output, ends |
 //! | `egress.rs` | what is to be told → event batches |
+//! | `record.rs` | what happens → the flight recorder |
 //! | `check.rs` | everything → is it consistent? |
 
 mod admission;
@@ -31,6 +32,7 @@ pub mod plan;
 pub mod ports;
 mod queue;
 mod reclaim;
+mod record;
 mod results;
 mod scheduler;
 mod sequence;
@@ -43,7 +45,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::base::{Instant, TokenTable};
+use crate::base::{Instant, Pen, Recorder, TokenTable};
 use crate::flow::{LoadEstimator, StepCost, StepTimeModel};
 use crate::limits::Limits;
 use crate::message::{BLOCK_POSITIONS, SeqKey, Step, StreamKey};
@@ -56,6 +58,7 @@ use egress::FrontLink;
 use ledger::{DrainMeter, Ledger};
 use ports::{DevicePort, FrontPort};
 use queue::Queue;
+use record::Flight;
 use scheduler::Batch;
 use sequence::{SequenceTable, State, Terminal, blocks_for};
 use stats::{Counters, EngineStats};
@@ -180,6 +183,7 @@ pub struct EngineCore {
     /// The time of the last tick.
     ticked: Instant,
     drain: Drain,
+    pen: Pen,
 }
 
 /// Believed until a few steps have been seen: a small model on a CPU.
@@ -252,6 +256,7 @@ impl EngineCore {
             load: LoadEstimator::new(LOAD_HORIZON_NS),
             ticked: Instant::ZERO,
             drain: Drain::Off,
+            pen: Recorder::start("engine", Flight::KINDS),
             limits,
             vocab,
             context,
@@ -293,6 +298,11 @@ impl EngineCore {
     pub fn blocked_until(&self) -> Option<Instant> {
         let waits = self.blocked_until != Instant::NEVER && !self.device.idle.is_empty();
         waits.then_some(self.blocked_until)
+    }
+
+    /// Its flight recorder, to be read from anywhere.
+    pub fn recorder(&self) -> Arc<Recorder> {
+        self.pen.recorder()
     }
 
     /// Where things stand.
@@ -373,6 +383,8 @@ impl EngineCore {
     fn finish(&mut self, index: u32, finish: FinishReason, now: Instant) {
         let (usage, timings) = self.sequences[index].account(now);
         self.counters.finished[finish as usize] += 1;
+        let seq = self.sequences.key(index).recorded();
+        self.note(now, Flight::Done, [seq, finish as u64, usage.output_tokens.into()]);
         self.end(index, Terminal::Done { finish, usage, timings }, now);
     }
 
@@ -386,6 +398,9 @@ impl EngineCore {
     ) {
         debug_assert!(!self.sequences[index].is_admitted(), "admitted is never evicted (I5)");
         self.counters.rejected[reason as usize] += 1;
+        let seq = self.sequences.key(index).recorded();
+        let retry_ms = u64::from(retry_after_ms.unwrap_or(0));
+        self.note(now, Flight::Evict, [seq, reason as u64, retry_ms]);
         self.end(index, Terminal::Reject { reason, retry_after_ms }, now);
     }
 

@@ -21,6 +21,7 @@ use crate::message::{BLOCK_POSITIONS, Step, StepPlan};
 use super::EngineCore;
 use super::plan;
 use super::reclaim::{Claim, PREEMPTIONS_MAX};
+use super::record::Flight;
 use super::sequence::{SequenceTable, State};
 
 /// The admitted sequences by where they are. No list outgrows its reserved capacity.
@@ -136,6 +137,9 @@ impl EngineCore {
         sequence.state = State::Parked;
         sequence.times.left_batch = now;
         sequence.times.stalled_since = None;
+        let output_tokens = u64::from(sequence.output_tokens());
+        let seq = self.sequences.key(index).recorded();
+        self.note(now, Flight::Park, [seq, output_tokens, 0]);
         self.batch.parked.push(index);
         self.tell(index);
     }
@@ -145,7 +149,10 @@ impl EngineCore {
         self.counters.resumes += 1;
         self.batch.remove_parked(index);
         let sequence = &mut self.sequences[index];
-        sequence.times.parked_ns += now.ns_since(sequence.times.left_batch);
+        let parked_ns = now.ns_since(sequence.times.left_batch);
+        sequence.times.parked_ns += parked_ns;
+        let seq = self.sequences.key(index).recorded();
+        self.note(now, Flight::Resume, [seq, parked_ns, 0]);
         self.wait(index, now);
         self.tell(index);
     }
@@ -247,6 +254,9 @@ impl EngineCore {
             self.counters.prompt_tokens += u64::from(sequence.prompt_tokens);
             sequence.admission = self.batch.admissions;
             sequence.times.admitted = Some(now);
+            let waited_ns = now.ns_since(sequence.times.arrived);
+            let seq = self.sequences.key(index).recorded();
+            self.note(now, Flight::Admit, [seq, waited_ns, 0]);
             self.seat(index);
             self.watch(index);
             self.plan_row(plan, index);
@@ -298,6 +308,8 @@ impl EngineCore {
         self.counters.steps += 1;
         self.counters.rows += step.plan.rows.len() as u64;
         self.counters.tokens_in += step.plan.tokens.len() as u64;
+        let (rows, tokens) = (step.plan.rows.len() as u64, step.plan.tokens.len() as u64);
+        self.note(now, Flight::StepPlanned, [step.plan.number, rows, tokens]);
         match self.device.port.steps.push(step) {
             Ok(()) => self.device.port.bell.ring(),
             // The ring has room for every step that circulates; so the device core is gone, and

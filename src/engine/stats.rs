@@ -6,9 +6,9 @@ use crate::flow::Load;
 use crate::request::{Class, FinishReason, RejectReason};
 
 /// Rejection reasons there are; the wire number is the index.
-pub const REJECT_REASONS: usize = RejectReason::DeadlineExpired as usize + 1;
+pub const REJECT_REASONS: usize = RejectReason::ALL.len();
 /// Finish reasons there are; the wire number is the index.
-pub const FINISH_REASONS: usize = FinishReason::Operator as usize + 1;
+pub const FINISH_REASONS: usize = FinishReason::ALL.len();
 
 /// Counters since the start. They only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

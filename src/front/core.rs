@@ -1,16 +1,18 @@
 //! The front core: what the shell tells it, what it tells the shell, and its turn.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use super::ConnId;
 use super::connection::{Action, Connection, Connections, Life};
 use super::pipeline::Pipeline;
+use super::record::Flight;
 use super::settings::{FrontCounters, FrontLinks, FrontSettings};
 
 use super::stream::Phase;
 use super::timers::{Timer, Timers};
 use super::tokenise::Tokenise;
-use crate::base::Instant;
+use crate::base::{Instant, Pen, Recorder};
 use crate::message::EVENT_BATCHES;
 use crate::protocol::{ErrorCode, ProtocolError, ServerFrame};
 use crate::request::FinishReason;
@@ -40,6 +42,7 @@ pub struct FrontCore {
     draining_until: Option<Instant>,
     /// The engine is gone; everybody was told.
     engine_is_gone: bool,
+    pub(super) pen: Pen,
 }
 
 impl FrontCore {
@@ -63,12 +66,15 @@ impl FrontCore {
             counters: FrontCounters::default(),
             draining_until: None,
             engine_is_gone: false,
+            pen: Recorder::start("front", Flight::KINDS),
         }
     }
 
     /// A client connected.
     pub fn handle_accepted(&mut self, conn: ConnId, now: Instant) {
         self.counters.connections_accepted += 1;
+        let open = self.connections.len() as u64;
+        self.note(now, Flight::Open, [conn.recorded(), open, 0]);
         let is_full = self.connections.len() >= self.settings.limits.connections_max as usize;
         self.connections.insert(conn, Connection::new(&self.settings, now));
         if is_full {
@@ -125,8 +131,10 @@ impl FrontCore {
     }
 
     /// A connection ended; whatever it had going on is cancelled.
-    pub fn handle_closed(&mut self, conn: ConnId, _now: Instant) {
+    pub fn handle_closed(&mut self, conn: ConnId, now: Instant) {
         let Some(connection) = self.connections.remove(conn) else { return };
+        let streams = connection.streams.len() as u64;
+        self.note(now, Flight::Close, [conn.recorded(), streams, 0]);
         if let Some(at) = connection.timer {
             self.timers.clear(at, Timer::Connection(conn));
         }
@@ -143,6 +151,7 @@ impl FrontCore {
             return;
         }
         self.draining_until = Some(until);
+        self.note(now, Flight::Drain, [until.ns_since(now), 0, 0]);
         for conn in self.connections.ids() {
             self.say_going_away(conn, now);
         }
@@ -171,6 +180,11 @@ impl FrontCore {
     /// What was seen so far.
     pub fn counters(&self) -> FrontCounters {
         self.counters
+    }
+
+    /// Its flight recorder, to be read from anywhere.
+    pub fn recorder(&self) -> Arc<Recorder> {
+        self.pen.recorder()
     }
 
     /// One bounded turn. `true` when there may be more to do at once.
@@ -231,6 +245,7 @@ impl FrontCore {
         let until = now.plus_ms(self.settings.limits.handshake_timeout_ms);
         let Some(connection) = self.connections.get_mut(conn) else { return };
         connection.fail(error, until);
+        self.note(now, Flight::Fail, [conn.recorded(), error.code as u64, 0]);
         self.end_streams(conn);
         self.set_timer(conn);
         self.put_in_action_list(conn);
@@ -345,6 +360,7 @@ impl FrontCore {
             return false;
         }
         self.engine_is_gone = true;
+        self.note(now, Flight::EngineGone, [0; 3]);
         let error = ProtocolError::new(ErrorCode::Internal, 0, "the engine ended");
         for conn in self.connections.ids() {
             self.fail(conn, &error, now);

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use super::ConnId;
 use super::connection::Life;
 use super::core::FrontCore;
+use super::record::Flight;
 use super::stream::{Phase, Stream};
 use super::timers::Timer;
 use crate::base::{Instant, SlabKey};
@@ -231,7 +232,7 @@ impl FrontCore {
         let prelude = match judged {
             Ok(prelude) => prelude,
             Err((reason, retry_after_ms, message)) => {
-                self.refuse_new(conn, number, reason, retry_after_ms, &message);
+                self.refuse_new(conn, number, reason, retry_after_ms, &message, now);
                 return Ok(None);
             }
         };
@@ -242,9 +243,11 @@ impl FrontCore {
         let Some(key) = self.pipeline.insert(stream) else {
             let message = "too many requests are being taken in";
             let retry = Some(RETRY_AFTER_MS);
-            self.refuse_new(conn, number, RejectReason::QueueFull, retry, message);
+            self.refuse_new(conn, number, RejectReason::QueueFull, retry, message, now);
             return Ok(None);
         };
+        let its = self.recorded(key).0;
+        self.note(now, Flight::Request, [conn.recorded(), number.into(), its]);
         let connection = self.connections.get_mut(conn).expect("it has input");
         connection.streams.push((number, key));
         Ok(Some(key))
@@ -333,8 +336,10 @@ impl FrontCore {
         reason: RejectReason,
         retry_after_ms: Option<u32>,
         message: &str,
+        now: Instant,
     ) {
         self.counters.requests_refused += 1;
+        self.note(now, Flight::RefuseHere, [conn.recorded(), number.into(), reason as u64]);
         let connection = self.connections.get_mut(conn).expect("it has input");
         connection.give_request_credit();
         let rejected = crate::protocol::Rejected { reason, retry_after_ms, message };

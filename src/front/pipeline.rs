@@ -4,11 +4,12 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::core::FrontCore;
+use super::record::Flight;
 use super::settings::{FrontLinks, FrontSettings};
 use super::stream::{Phase, Stream, stream_key};
 use super::timers::Timer;
 use super::tokenise::{Tokenise, TokeniseFailure, TokeniseQueue, Tokenised};
-use crate::base::{Instant, Slab, SlabKey};
+use crate::base::{Instant, Pen, Slab, SlabKey};
 use crate::message::{Ask, ControlMessage, EVENT_BATCHES, EventBatch, RequestMessage, Submission};
 use crate::protocol::{
     BodyError, Capabilities, Prelude, Prompt, PromptKind, RequestOptions, decode_body,
@@ -31,6 +32,8 @@ pub(super) struct Pipeline {
     /// Streams in [`Phase::Asked`].
     asks: u32,
     asks_max: u32,
+    /// The request link had no credit for what waits; recorded when it begins.
+    is_held_up: bool,
     context_max: u32,
     /// Sum of the streams' `ingest_bytes`.
     pub(super) ingest_bytes: u64,
@@ -52,6 +55,7 @@ impl Pipeline {
             waiting_to_submit: VecDeque::new(),
             control_list: VecDeque::new(),
             asks: 0,
+            is_held_up: false,
             asks_max: settings.limits.asks_max,
             context_max: settings.limits.context_max,
             ingest_bytes: 0,
@@ -159,7 +163,19 @@ impl Pipeline {
     }
 
     /// Sends submissions, then asks, as far as link and bounds allow.
-    fn send_requests(&mut self) -> bool {
+    fn send_requests(&mut self, pen: &mut Pen, now: Instant) -> bool {
+        let sent = self.send_submissions(pen, now) | self.send_asks(pen, now);
+        let waits = !self.waiting_to_submit.is_empty() || !self.waiting_to_ask.is_empty();
+        let is_held_up = waits && self.links.requests.credits() == 0;
+        if is_held_up && !self.is_held_up {
+            let (to_submit, to_ask) = (self.waiting_to_submit.len(), self.waiting_to_ask.len());
+            pen.record(now, Flight::LinkFull as u16, [to_submit as u64, to_ask as u64, 0]);
+        }
+        self.is_held_up = is_held_up;
+        sent
+    }
+
+    fn send_submissions(&mut self, pen: &mut Pen, now: Instant) -> bool {
         let mut sent = false;
         while let Some(&key) = self.waiting_to_submit.front() {
             let stream = self.streams.get_mut(key);
@@ -168,15 +184,22 @@ impl Pipeline {
                 continue;
             };
             if self.links.requests.credits() == 0 {
-                return sent;
+                break;
             }
             self.waiting_to_submit.pop_front();
             let submission = stream.submission.take().expect("it waits with its submission");
             stream.phase = Phase::Submitted;
+            let (its, seq) = (submission.stream.recorded(), submission.seq.recorded());
+            pen.record(now, Flight::Submit as u16, [its, seq, submission.tokens.len() as u64]);
             let _ = self.links.requests.send(RequestMessage::Submit(submission));
             self.update_credit(key);
             sent = true;
         }
+        sent
+    }
+
+    fn send_asks(&mut self, pen: &mut Pen, now: Instant) -> bool {
+        let mut sent = false;
         while self.asks < self.asks_max {
             let Some(&key) = self.waiting_to_ask.front() else { break };
             let stream = self.streams.get_mut(key);
@@ -201,6 +224,7 @@ impl Pipeline {
                 deadline: stream.deadline,
                 window_tokens: stream.prelude.window_tokens,
             };
+            pen.record(now, Flight::Ask as u16, [ask.stream.recorded(), 0, 0]);
             let _ = self.links.requests.send(RequestMessage::Ask(ask));
             sent = true;
         }
@@ -407,8 +431,8 @@ impl FrontCore {
         self.pipeline.release_body(key);
     }
 
-    pub(super) fn advance_requests(&mut self, _now: Instant) -> bool {
-        self.pipeline.send_requests()
+    pub(super) fn advance_requests(&mut self, now: Instant) -> bool {
+        self.pipeline.send_requests(&mut self.pen, now)
     }
 }
 

@@ -28,8 +28,5 @@ pub use request::{
     Role, TokenIds, decode_body, encode_body, encode_body_frame, encode_request,
     encode_request_frame,
 };
-pub use server_frame::{
-    Accepted, Done, Rejected, ServerFrame, Stat, StatList, Welcome, finish_from_wire,
-    reject_from_wire,
-};
+pub use server_frame::{Accepted, Done, Rejected, ServerFrame, Stat, StatList, Welcome};
 pub use tokens::{LogprobEntry, LogprobList, TokensFrame, TokensWriter};

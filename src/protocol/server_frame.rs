@@ -367,7 +367,7 @@ fn encode_done(out: &mut Vec<u8>, done: &Done) {
 }
 
 fn decode_done(reader: &mut Reader<'_>) -> Option<Done> {
-    let finish = finish_from_wire(reader.u8()?)?;
+    let finish = FinishReason::from_wire(reader.u8()?)?;
     reader.take(3)?;
     Some(Done {
         finish,
@@ -386,7 +386,7 @@ fn decode_done(reader: &mut Reader<'_>) -> Option<Done> {
 }
 
 fn decode_rejected<'a>(reader: &mut Reader<'a>) -> Option<Rejected<'a>> {
-    let reason = reject_from_wire(reader.u8()?)?;
+    let reason = RejectReason::from_wire(reader.u8()?)?;
     let do_not_retry = match reader.u8()? {
         0 => false,
         1 => true,
@@ -399,41 +399,6 @@ fn decode_rejected<'a>(reader: &mut Reader<'a>) -> Option<Rejected<'a>> {
         retry_after_ms: (!do_not_retry).then_some(retry_after_ms),
         message: reader.text_u16()?,
     })
-}
-
-/// The finish reason with this wire number.
-pub fn finish_from_wire(number: u8) -> Option<FinishReason> {
-    use FinishReason::*;
-    const ALL: [FinishReason; 10] = [
-        EndOfText,
-        StopString,
-        MaxTokens,
-        ContextFull,
-        Cancelled,
-        Deadline,
-        Stalled,
-        ShuttingDown,
-        DeviceFailed,
-        Operator,
-    ];
-    ALL.get(usize::from(number)).copied()
-}
-
-/// The reject reason with this wire number.
-pub fn reject_from_wire(number: u8) -> Option<RejectReason> {
-    use RejectReason::*;
-    const ALL: [RejectReason; 9] = [
-        QueueFull,
-        ExceedsCapacity,
-        Invalid,
-        TooManyStreams,
-        ShuttingDown,
-        NoCapacity,
-        DeadlineUnattainable,
-        QueueTtlExpired,
-        DeadlineExpired,
-    ];
-    ALL.get(usize::from(number)).copied()
 }
 
 impl ErrorCode {

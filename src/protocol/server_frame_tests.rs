@@ -119,15 +119,15 @@ fn stats_are_bounded() {
 #[test]
 fn reasons_map_to_numbers_and_back() {
     for n in 0..=255u8 {
-        if let Some(reason) = finish_from_wire(n) {
+        if let Some(reason) = FinishReason::from_wire(n) {
             assert_eq!(reason as u8, n);
         }
-        if let Some(reason) = reject_from_wire(n) {
+        if let Some(reason) = RejectReason::from_wire(n) {
             assert_eq!(reason as u8, n);
         }
     }
-    assert_eq!(finish_from_wire(FinishReason::Operator as u8 + 1), None);
-    assert_eq!(reject_from_wire(RejectReason::DeadlineExpired as u8 + 1), None);
+    assert_eq!(FinishReason::from_wire(FinishReason::Operator as u8 + 1), None);
+    assert_eq!(RejectReason::from_wire(RejectReason::DeadlineExpired as u8 + 1), None);
 }
 
 #[test]

@@ -22,6 +22,9 @@ use crate::wire::Wire;
 /// Moves of a run, beyond any that is sane: a run that needs more is going in circles.
 const MOVES_MAX: u64 = 4_000_000;
 
+/// How many of the engine's last events a failure shows.
+const LAST_EVENTS: usize = 40;
+
 /// What a run that went well has seen, so that a test can tell that the runs reach the corners.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Seen {
@@ -241,7 +244,7 @@ impl World {
             }
             1 => {
                 self.device.borrow_mut().now = self.now;
-                let busy = self.device_core.tick();
+                let busy = self.device_core.tick(self.now);
                 if let Some(breach) = &self.device.borrow().breach {
                     return Err(format!("the plan's contract: {breach}"));
                 }
@@ -374,6 +377,9 @@ impl World {
         ];
         lines.extend(self.engine.pending().map(|pending| format!("engine: {pending:?}")));
         lines.extend(self.fronts.iter().flat_map(|front| front.pending()));
+        let events = self.engine.recorder().events();
+        let last = &events[events.len().saturating_sub(LAST_EVENTS)..];
+        lines.extend(last.iter().map(|event| format!("{:>12} ns  {event}", event.at.as_ns())));
         lines.join("\n")
     }
 }
