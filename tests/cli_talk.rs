@@ -226,7 +226,7 @@ fn life<'a>(dump: &'a str, core: &str, ids: [&str; 2]) -> Vec<&'a str> {
         let mut words = line.split_whitespace();
         words.nth(2) == Some(core) && words.any(|word| ids.contains(&word))
     });
-    its.map(|line| line[32..48].trim_end()).collect()
+    its.map(|line| line[33..49].trim_end()).collect()
 }
 
 #[test]
