@@ -5,8 +5,11 @@ mod bench;
 
 use bench::{A, Bench, END, Told, Want};
 use forebay::base::Instant;
+use forebay::engine::plan;
+use forebay::engine::room::PREFILL_TOKENS_MIN;
+use forebay::flow::StepLoad;
 use forebay::limits::Limits;
-use forebay::message::{ControlMessage, EVENT_BATCHES, StepFailure};
+use forebay::message::{ControlMessage, EVENT_BATCHES, PlanRow, StepFailure};
 use forebay::request::{Class, FinishReason, RejectReason, TokenId};
 
 fn tiny() -> Limits {
@@ -194,6 +197,62 @@ fn decode_rows_come_first_and_prefill_takes_what_is_left_of_the_step() {
         chunks.push((rows[2].position, rows[2].token_count, rows[2].sample));
     }
     assert_eq!(chunks, [(0, 16, false), (16, 16, false), (32, 16, false), (48, 2, true)]);
+}
+
+/// Runs one step that takes as long as the engine expects.
+fn step_as_expected(bench: &mut Bench) -> Vec<PlanRow> {
+    bench.settle();
+    let mut step = bench.take_step().expect("a step is at the device");
+    bench::sample(&mut step, |_| A);
+    step.result.elapsed_ns = bench.engine.pace().predict_ns(plan::load(&step.plan));
+    let rows = step.plan.rows.clone();
+    bench.give_step(step);
+    rows
+}
+
+#[test]
+fn a_step_in_which_somebody_decodes_takes_the_prefill_that_ends_within_its_target() {
+    let limits =
+        Limits { step_tokens_max: 400, chunk_tokens_max: 400, step_target_ms: 50, ..tiny() };
+    let mut bench = Bench::new(&limits, 16);
+    let prompt = Want { prompt: 300, max_tokens: 40, window: 8, ..Want::default() };
+    bench.accepted(&prompt);
+    assert_eq!(
+        step_as_expected(&mut bench)[0].token_count,
+        300,
+        "nobody decodes: the chunk is whole"
+    );
+    bench.accepted(&prompt);
+    step_as_expected(&mut bench);
+    let rows = step_as_expected(&mut bench);
+    assert_eq!((rows.len(), rows[0].token_count), (2, 1));
+    let pace = bench.engine.pace();
+    let load = |tokens| StepLoad::default().plus_decode(rows[0].position).plus_prefill(0, tokens);
+    let target_ns = 50_000_000;
+    let chunk = rows[1].token_count;
+    assert!(chunk > PREFILL_TOKENS_MIN, "{chunk}");
+    assert!(pace.predict_ns(load(chunk)) <= target_ns, "{chunk}");
+    assert!(pace.predict_ns(load(chunk + 8)) > target_ns, "{chunk}");
+}
+
+#[test]
+fn a_target_that_cannot_be_met_slows_prompts_and_stops_none() {
+    let limits = Limits { step_target_ms: 1, ..tiny() };
+    let mut bench = Bench::new(&limits, 16);
+    bench.accepted(&Want { max_tokens: 40, window: 8, ..Want::default() });
+    step_as_expected(&mut bench);
+    bench.accepted(&Want { prompt: 40, ..Want::default() });
+    bench.accepted(&Want { prompt: 40, ..Want::default() });
+    step_as_expected(&mut bench);
+    let mut chunks = Vec::new();
+    for _ in 0..4 {
+        let rows = step_as_expected(&mut bench);
+        assert_eq!(rows[0].token_count, 1);
+        let chunk = rows.iter().find(|row| row.token_count > 1);
+        chunks.extend(chunk.map(|row| (row.position, row.token_count, row.sample)));
+    }
+    let (first, last) = ((0, 16, false), (32, 8, true));
+    assert_eq!(chunks, [first, (16, 16, false), last, first], "one prompt after the other");
 }
 
 #[test]

@@ -142,6 +142,14 @@ pub(super) const SETTINGS: &[Setting] = &[
         "then, sequences may finish for this long before they are cancelled"
     ),
     number!(
+        "scheduler.step_target_ms",
+        limits.step_target_ms,
+        1,
+        DAY_MS,
+        Millis,
+        "a step in which somebody decodes takes no more prefill than ends by then, as predicted"
+    ),
+    number!(
         "stream.window_tokens_max",
         limits.stream_window_tokens_max,
         1,

@@ -16,6 +16,7 @@
 //! | `control.rs` | credits, cancels, returned batches; drain; time-outs |
 //! | `admission.rs` | asks and submissions → grants, refusals, the queue |
 //! | `scheduler.rs` | sequences → a step |
+//! | `room.rs` | a step's target time → how much prefill it takes |
 //! | `reclaim.rs` | who may take blocks from whom |
 //! | `results.rs` | a finished step → output, ends |
 //! | `egress.rs` | what is to be told → event batches |
@@ -34,6 +35,7 @@ mod queue;
 mod reclaim;
 mod record;
 mod results;
+pub mod room;
 mod scheduler;
 mod sequence;
 pub mod stats;
@@ -351,6 +353,11 @@ impl EngineCore {
                 preemptions: sequence.preemptions,
             },
         )
+    }
+
+    /// What is believed of step times: the steps of this tick were cut to it.
+    pub fn pace(&self) -> &StepTimeModel {
+        &self.pace
     }
 
     fn steps_in_flight(&self) -> usize {

@@ -30,6 +30,8 @@ const LAST_EVENTS: usize = 40;
 pub struct Seen {
     pub runs: u64,
     pub steps: u64,
+    /// Steps with decode rows and more prefill than the least, cut to the target.
+    pub steps_cut: u64,
     pub tokens: u64,
     pub finished: [u64; forebay::engine::stats::FINISH_REASONS],
     pub rejected: [u64; forebay::engine::stats::REJECT_REASONS],
@@ -52,6 +54,7 @@ impl Seen {
     pub fn add(&mut self, other: &Seen) {
         self.runs += other.runs;
         self.steps += other.steps;
+        self.steps_cut += other.steps_cut;
         self.tokens += other.tokens;
         self.preemptions += other.preemptions;
         self.reservations += other.reservations;
@@ -238,6 +241,8 @@ impl World {
         let busy = match actor {
             0 => {
                 let busy = self.engine.tick(self.now);
+                let planned = self.engine.stats().counters.steps;
+                self.device.borrow_mut().expect_steps(planned, self.engine.pace());
                 self.engine.check_invariants()?;
                 self.check_links()?;
                 busy
@@ -354,6 +359,7 @@ impl World {
         let mut seen = Seen {
             runs: 1,
             steps: stats.counters.steps,
+            steps_cut: self.device.borrow().steps_cut,
             tokens: stats.counters.tokens_out,
             preemptions: stats.counters.preemptions,
             reservations: stats.counters.reservations,
