@@ -7,7 +7,7 @@ use bench::{A, Bench, END, Told, Want};
 use forebay::base::Instant;
 use forebay::engine::plan;
 use forebay::engine::room::PREFILL_TOKENS_MIN;
-use forebay::flow::StepLoad;
+use forebay::flow::{StepCost, StepLoad, StepTimeModel};
 use forebay::limits::Limits;
 use forebay::message::{ControlMessage, EVENT_BATCHES, PlanRow, StepFailure};
 use forebay::request::{Class, FinishReason, RejectReason, TokenId};
@@ -233,6 +233,70 @@ fn a_step_in_which_somebody_decodes_takes_the_prefill_that_ends_within_its_targe
     assert!(chunk > PREFILL_TOKENS_MIN, "{chunk}");
     assert!(pace.predict_ns(load(chunk)) <= target_ns, "{chunk}");
     assert!(pace.predict_ns(load(chunk + 8)) > target_ns, "{chunk}");
+}
+
+/// What a small model costs on a few CPUs: a chunk of 512 tokens takes 0.2 seconds.
+const SMALL_CPU: StepCost = StepCost {
+    step_ps: 8_000_000_000,
+    prefill_token_ps: 370_000_000,
+    decode_row_ps: 1_000_000_000,
+    kv_position_ps: 20_000,
+};
+
+/// Eight streams that ask for 64 tokens after a prompt of 512, again and again, for so many
+/// requests in all. Returns the times between two tokens of a stream in nanoseconds, shortest
+/// first, without those of each stream's first request, and the time that all of it took.
+fn closed_loop(step_target_ms: u64, requests: usize) -> (Vec<u64>, u64) {
+    let limits = Limits { running_max: 8, step_target_ms, ..Limits::default() };
+    let (mut bench, device) = (Bench::new(&limits, 100), StepTimeModel::new(SMALL_CPU));
+    let want = Want { prompt: 512, max_tokens: 64, window: 64, ..Want::default() };
+    let mut streams: Vec<_> = (0..8).map(|_| (bench.accepted(&want).0, None)).collect();
+    let (mut gaps, mut asked) = (Vec::new(), streams.len());
+    let begin = bench.now;
+    while let Some(mut step) = bench.take_step() {
+        bench::sample(&mut step, |_| A);
+        step.result.elapsed_ns = device.predict_ns(plan::load(&step.plan));
+        // A millisecond passes with every step that is given back.
+        bench.now = bench.now.plus_ns(step.result.elapsed_ns - 1_000_000);
+        bench.give_step(step);
+        for (stream, last) in &mut streams {
+            for told in bench.told(*stream) {
+                match told {
+                    Told::Tokens(..) => {
+                        let since = last.replace(bench.now);
+                        let since = since.filter(|_| stream.slot >= 8);
+                        gaps.extend(since.map(|since| bench.now.ns_since(since)));
+                    }
+                    Told::Done(..) if asked < requests => {
+                        asked += 1;
+                        (*stream, *last) = (bench.accepted(&want).0, None);
+                    }
+                    Told::Done(..) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        bench.settle();
+    }
+    gaps.sort_unstable();
+    (gaps, bench.now.ns_since(begin))
+}
+
+#[test]
+fn with_a_target_long_prompts_hold_up_no_stream_beyond_it_and_cost_little_throughput() {
+    let (requests, unbounded_ms) = (64, 1_000_000);
+    let (whole, whole_ns) = closed_loop(unbounded_ms, requests);
+    let (cut, cut_ns) = closed_loop(50, requests);
+    let [p50, p99] = [50, 99].map(|percent| move |gaps: &[u64]| gaps[gaps.len() * percent / 100]);
+    for (name, gaps, ns) in [("whole chunks", &whole, whole_ns), ("50 ms", &cut, cut_ns)] {
+        let per_second = requests as u64 * 64 * 1_000_000_000 / ns;
+        println!("{name}: p50 {} p99 {} ns, {per_second} tokens/s", p50(gaps), p99(gaps));
+    }
+    assert_eq!(whole.len(), cut.len());
+    assert!(*whole.last().unwrap() > 200_000_000, "somebody waits for a whole chunk");
+    // The model is learnt from these very steps: it may be off by a little.
+    assert!(*cut.last().unwrap() < 52_000_000, "{:?}", cut.last());
+    assert!(cut_ns < whole_ns * 5 / 4, "{cut_ns} ns instead of {whole_ns}");
 }
 
 #[test]

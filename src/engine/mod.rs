@@ -180,6 +180,8 @@ pub struct EngineCore {
     blocked_until: Instant,
     /// How long steps take, and so what it costs to compute a text again.
     pace: StepTimeModel,
+    /// See [`EngineCore::learn`].
+    prefill_seen: u32,
     /// What comes in and what is served.
     load: LoadEstimator,
     /// The time of the last tick.
@@ -255,6 +257,7 @@ impl EngineCore {
             expiry: Instant::NEVER,
             blocked_until: Instant::NEVER,
             pace: StepTimeModel::new(PACE_PRIOR),
+            prefill_seen: limits.step_tokens_max,
             load: LoadEstimator::new(LOAD_HORIZON_NS),
             ticked: Instant::ZERO,
             drain: Drain::Off,

@@ -37,7 +37,7 @@ impl EngineCore {
         let (rows, took_ns) = (step.plan.rows.len() as u64, step.result.elapsed_ns);
         self.note(now, Flight::StepFinished, [step.plan.number, rows, took_ns]);
         if step.result.failure.is_none() {
-            self.pace.observe(plan::load(&step.plan), step.result.elapsed_ns);
+            self.learn(plan::load(&step.plan), step.result.elapsed_ns);
         }
         match step.result.failure {
             None if self.matches_its_plan(step) => self.handle_samples(step, now),

@@ -15,6 +15,9 @@ use super::plan;
 /// shorter ones cost a step's overhead over and over.
 pub const PREFILL_TOKENS_MIN: u32 = 16;
 
+/// What steps have shown fades by one part in so many with each step that has prefill.
+const SEEN_OVER: u32 = 16;
+
 /// A step's time as it fills up.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StepRoom {
@@ -22,8 +25,8 @@ pub(super) struct StepRoom {
     load: StepLoad,
     /// Somebody in it decodes.
     is_decoding: bool,
-    /// Some prefill is planned.
-    has_prefill: bool,
+    /// Prefill that is planned.
+    prefill_tokens: u32,
 }
 
 impl EngineCore {
@@ -35,7 +38,7 @@ impl EngineCore {
             .filter(|sequence| sequence.tokens_unplanned() == 1)
             .take(self.batch.slots_free().len())
             .fold(plan::load(plan), |load, sequence| load.plus_decode(sequence.kv_planned));
-        StepRoom { load, is_decoding: load.decode_rows > 0, has_prefill: false }
+        StepRoom { load, is_decoding: load.decode_rows > 0, prefill_tokens: 0 }
     }
 
     /// How many of the sequence's next tokens the step takes; 0 for none.
@@ -49,11 +52,25 @@ impl EngineCore {
             return most;
         }
         let least = most.min(PREFILL_TOKENS_MIN);
+        let believed = self.prefill_seen.saturating_add(self.prefill_seen / 4);
+        let most = most.min(believed.saturating_sub(room.prefill_tokens)).max(least);
         let fits = room.fits(&self.pace, sequence.kv_planned, most, self.step_target_ns());
         match fits >= least {
             true => fits,
-            false if room.has_prefill => 0,
+            false if room.prefill_tokens > 0 => 0,
             false => least,
+        }
+    }
+
+    /// Learns from a step that took so long; and up to how much prefill steps have shown lately.
+    /// Steps that are all cut to one time are much alike, and tell the model little of what sets
+    /// them apart: it is asked for no more than a quarter beyond what was seen, lest a wrong guess
+    /// costs everybody a whole chunk.
+    pub(super) fn learn(&mut self, load: StepLoad, took_ns: u64) {
+        self.pace.observe(load, took_ns);
+        if load.prefill_tokens > 0 {
+            let forgotten = self.prefill_seen - self.prefill_seen.div_ceil(SEEN_OVER);
+            self.prefill_seen = forgotten.max(load.prefill_tokens);
         }
     }
 
@@ -73,7 +90,7 @@ impl StepRoom {
 
     /// A chunk was planned.
     pub fn take_prefill(&mut self, position: u32, tokens: u32) {
-        self.has_prefill = true;
+        self.prefill_tokens += tokens;
         self.load = match tokens {
             1 => self.load.plus_decode(position),
             _ => self.load.plus_prefill(position, tokens),

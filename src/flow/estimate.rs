@@ -280,20 +280,42 @@ impl StepTimeModel {
         let px = self.covariance.map(|row| dot(&row, &x));
         let total = noise + dot(&px, &x);
         for (weight, p) in self.weights.iter_mut().zip(px) {
-            let next = *weight + p / total * error;
-            // Not max(): that would turn a NaN into a 0 that looks like knowledge.
-            *weight = if next < 0.0 { 0.0 } else { next };
+            *weight += p / total * error;
         }
         for i in 0..FEATURES {
             for j in 0..FEATURES {
                 self.covariance[i][j] -= px[i] * px[j] / total;
             }
+        }
+        self.lift_negative();
+        for i in 0..FEATURES {
             self.covariance[i][i] += DRIFT;
         }
         self.bound_variances();
         self.observed += 1;
         if !self.is_finite() {
             self.start_over();
+        }
+    }
+
+    /// A coefficient below zero becomes zero, and the others move with it as the covariance says
+    /// they depend on it: so what was learnt from the steps seen still holds. (Setting it to zero
+    /// by itself would shift all predictions, and the next steps would push other coefficients to
+    /// where they make up for that.)
+    fn lift_negative(&mut self) {
+        for _ in 0..FEATURES {
+            let Some(i) = (0..FEATURES).find(|&i| self.weights[i] < 0.0) else { return };
+            let (below, variance) = (self.weights[i], self.covariance[i][i]);
+            if variance > 0.0 {
+                for j in 0..FEATURES {
+                    self.weights[j] -= self.covariance[j][i] / variance * below;
+                }
+            }
+            self.weights[i] = 0.0;
+        }
+        for weight in &mut self.weights {
+            // Not max(): that would turn a NaN into a 0 that looks like knowledge.
+            *weight = if *weight < 0.0 { 0.0 } else { *weight };
         }
     }
 
