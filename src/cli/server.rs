@@ -493,8 +493,8 @@ async fn run_front(
     let (_, address) = net.listen(door.listen, &listen_settings)?;
     // The starter waits for this; if it has gone it does not mind.
     let _ = door.listening.send(address);
-    let FrontEnds { requests, control, events, engine_bell } = part.ends;
-    let links = FrontLinks { requests, control, events, engine_bell };
+    let FrontEnds { requests, control, gate, events, engine_bell } = part.ends;
+    let links = FrontLinks { requests, control, gate, events, engine_bell };
     let core = FrontCore::new(part.settings, Box::new(part.tokenise), links);
     recorder::register(&core.recorder());
     front::task::run(core, net, part.bell, Arc::clone(life), local).await

@@ -17,7 +17,7 @@ impl EngineCore {
     /// Reads requests, a bounded number from each front core in turn. A front core whose answers
     /// pile up is not read from until it has returned a batch: it waits only for itself (I3).
     pub(super) fn handle_requests(&mut self, now: Instant) -> bool {
-        let mut busy = false;
+        let mut busy = self.count_refusals(now);
         let count = self.fronts.len();
         for turn in 0..count {
             let front = (self.front_first + turn) % count;
@@ -41,7 +41,7 @@ impl EngineCore {
 
     fn handle_ask(&mut self, front: usize, ask: &Ask, now: Instant) {
         self.counters.asks += 1;
-        self.load.arrived(now);
+        self.load.arrived(1, now);
         let (stream, class) = (ask.stream.recorded(), ask.class as u64);
         self.note(now, Flight::Ask, [stream, class, ask.input_tokens.into()]);
         if let Err((reason, retry_after_ms)) = self.grant(front, ask, now) {

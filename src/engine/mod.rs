@@ -21,6 +21,7 @@
 //! | `results.rs` | a finished step → output, ends |
 //! | `egress.rs` | what is to be told → event batches |
 //! | `record.rs` | what happens → the flight recorder |
+//! | `gate.rs` | what would be refused → the front cores' gates |
 //! | `check.rs` | everything → is it consistent? |
 
 mod admission;
@@ -28,6 +29,7 @@ pub mod blocks;
 mod check;
 mod control;
 mod egress;
+mod gate;
 pub mod ledger;
 pub mod plan;
 pub mod ports;
@@ -187,6 +189,8 @@ pub struct EngineCore {
     /// The time of the last tick.
     ticked: Instant,
     drain: Drain,
+    /// Why the gates are closed, as last recorded.
+    gate_reason: Option<RejectReason>,
     pen: Pen,
 }
 
@@ -261,6 +265,7 @@ impl EngineCore {
             load: LoadEstimator::new(LOAD_HORIZON_NS),
             ticked: Instant::ZERO,
             drain: Drain::Off,
+            gate_reason: None,
             pen: Recorder::start("engine", Flight::KINDS),
             limits,
             vocab,
@@ -283,6 +288,7 @@ impl EngineCore {
         busy |= self.handle_timeouts(now);
         busy |= self.plan_steps(now);
         busy |= self.flush_events(now);
+        self.show_gates(now);
         busy
     }
 

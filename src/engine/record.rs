@@ -23,6 +23,8 @@ recorded_events!(
         StepPlanned = "step planned", ["step" Number, "rows" Number, "tokens" Number];
         StepFinished = "step finished", ["step" Number, "rows" Number, "took" Ns];
         BatchesOut = "batches out", ["front" Number, "waiting" Number];
+        GateClosed = "gate closed", ["reason" Word(rejection)];
+        GateOpened = "gate opened", [];
         FrontGone = "front gone", ["front" Number];
         DeviceLost = "device lost", [];
         Drain = "drain", ["for" Ns];

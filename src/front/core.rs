@@ -205,6 +205,7 @@ impl FrontCore {
         did |= self.advance_tokenising(now);
         did |= self.advance_requests(now);
         did |= self.pipeline.send_control();
+        self.pipeline.announce_refusals();
         while let Some(timer) = self.timers.take_due(now) {
             self.handle_timer(timer, now);
             did = true;

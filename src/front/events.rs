@@ -280,7 +280,7 @@ fn write_tokens(out: &mut Vec<u8>, number: u32, output: &Output<'_>, text: &str)
 }
 
 /// What a rejection by the engine means, for a person.
-fn reject_message(reason: RejectReason) -> &'static str {
+pub(super) fn reject_message(reason: RejectReason) -> &'static str {
     match reason {
         RejectReason::QueueFull => "the queue is full",
         RejectReason::ExceedsCapacity => "prompt and output can never fit the KV cache",

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use super::ConnId;
 use super::connection::Life;
 use super::core::FrontCore;
+use super::events::reject_message;
 use super::record::Flight;
 use super::stream::{Phase, Stream};
 use super::timers::Timer;
@@ -232,10 +233,16 @@ impl FrontCore {
         let prelude = match judged {
             Ok(prelude) => prelude,
             Err((reason, retry_after_ms, message)) => {
-                self.refuse_new(conn, number, reason, retry_after_ms, &message, now);
+                self.refuse_here(conn, number, reason, retry_after_ms, &message, now);
                 return Ok(None);
             }
         };
+        if let Some((reason, retry_after_ms)) = self.pipeline.refuse_at_gate(prelude.class) {
+            self.counters.requests_rejected += 1;
+            self.note(now, Flight::AtGate, [conn.recorded(), number.into(), reason as u64]);
+            self.tell_refused(conn, number, reason, retry_after_ms, reject_message(reason));
+            return Ok(None);
+        }
         let window = self.settings.limits.stream_window_tokens_max;
         let mut stream = Stream::new(conn, number, prelude, window, now);
         stream.input_tokens = self.pipeline.estimate_tokens(&prelude);
@@ -243,7 +250,7 @@ impl FrontCore {
         let Some(key) = self.pipeline.insert(stream) else {
             let message = "too many requests are being taken in";
             let retry = Some(RETRY_AFTER_MS);
-            self.refuse_new(conn, number, RejectReason::QueueFull, retry, message, now);
+            self.refuse_here(conn, number, RejectReason::QueueFull, retry, message, now);
             return Ok(None);
         };
         let its = self.recorded(key).0;
@@ -328,8 +335,8 @@ impl FrontCore {
         }
     }
 
-    /// Refuses a request that has no place in the stream table.
-    fn refuse_new(
+    /// Refuses a request by what this front core knows.
+    fn refuse_here(
         &mut self,
         conn: ConnId,
         number: u32,
@@ -340,6 +347,18 @@ impl FrontCore {
     ) {
         self.counters.requests_refused += 1;
         self.note(now, Flight::RefuseHere, [conn.recorded(), number.into(), reason as u64]);
+        self.tell_refused(conn, number, reason, retry_after_ms, message);
+    }
+
+    /// REJECTED for a request that has no place in the stream table.
+    fn tell_refused(
+        &mut self,
+        conn: ConnId,
+        number: u32,
+        reason: RejectReason,
+        retry_after_ms: Option<u32>,
+        message: &str,
+    ) {
         let connection = self.connections.get_mut(conn).expect("it has input");
         connection.give_request_credit();
         let rejected = crate::protocol::Rejected { reason, retry_after_ms, message };

@@ -14,7 +14,7 @@ use crate::message::{Ask, ControlMessage, EVENT_BATCHES, EventBatch, RequestMess
 use crate::protocol::{
     BodyError, Capabilities, Prelude, Prompt, PromptKind, RequestOptions, decode_body,
 };
-use crate::request::{FinishReason, RejectReason, TokenId};
+use crate::request::{Class, FinishReason, RejectReason, TokenId};
 
 /// The streams of a front core, and its ends of the links to the engine.
 pub(super) struct Pipeline {
@@ -34,6 +34,8 @@ pub(super) struct Pipeline {
     asks_max: u32,
     /// The request link had no credit for what waits; recorded when it begins.
     is_held_up: bool,
+    /// The gate was found closed since the engine's bell was rung last.
+    has_refused: bool,
     context_max: u32,
     /// Sum of the streams' `ingest_bytes`.
     pub(super) ingest_bytes: u64,
@@ -56,6 +58,7 @@ impl Pipeline {
             control_list: VecDeque::new(),
             asks: 0,
             is_held_up: false,
+            has_refused: false,
             asks_max: settings.limits.asks_max,
             context_max: settings.limits.context_max,
             ingest_bytes: 0,
@@ -80,6 +83,20 @@ impl Pipeline {
         self.ingest_bytes += bytes;
         self.waiting_to_ask.push_back(key);
         Some(key)
+    }
+
+    /// Whether the engine would refuse a request of this class whatever it is, and with what.
+    pub(super) fn refuse_at_gate(&mut self, class: Class) -> Option<(RejectReason, Option<u32>)> {
+        let refusal = self.links.gate.refuse(class);
+        self.has_refused |= refusal.is_some();
+        refusal
+    }
+
+    /// Once a turn, not once a refusal: the engine has counts to take in.
+    pub(super) fn announce_refusals(&mut self) {
+        if std::mem::take(&mut self.has_refused) {
+            self.links.engine_bell.ring();
+        }
     }
 
     /// The next batch of events.

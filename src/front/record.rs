@@ -16,6 +16,7 @@ recorded_events!(
         Close = "close", ["conn" Key, "streams" Number];
         Request = "request", ["conn" Key, "number" Number, "stream" Stream];
         RefuseHere = "refuse here", ["conn" Key, "number" Number, "reason" Word(rejection)];
+        AtGate = "refuse at gate", ["conn" Key, "number" Number, "reason" Word(rejection)];
         Ask = "ask", ["stream" Stream];
         Granted = "granted", ["stream" Stream, "seq" Key];
         RefuseGranted = "refuse granted", ["stream" Stream, "reason" Word(rejection)];

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::flow::Sender;
+use crate::flow::{GateReader, Sender};
 use crate::limits::Limits;
 use crate::message::{ControlMessage, EVENT_BATCHES, EventBatch, RequestMessage};
 use crate::ring::{Consumer, Doorbell, Producer};
@@ -70,6 +70,8 @@ pub struct FrontLinks {
     /// Credits, cancels, and batches on their way back. Room for
     /// `FrontLinks::control_capacity` messages.
     pub control: Producer<ControlMessage>,
+    /// What the engine would refuse anyway.
+    pub gate: GateReader,
     /// What the engine tells.
     pub events: Consumer<Box<EventBatch>>,
     /// Wakes the engine after something was put on the control ring.
@@ -95,7 +97,7 @@ pub struct FrontCounters {
     pub requests: u64,
     /// Requests refused here, before the engine was asked or after its grant.
     pub requests_refused: u64,
-    /// Requests refused or evicted by the engine.
+    /// Requests refused or evicted by the engine, or at its gate.
     pub requests_rejected: u64,
     /// Requests whose client went away before their end.
     pub requests_abandoned: u64,

@@ -62,12 +62,12 @@ impl Wire {
         mut prng: Prng,
         plans: Vec<Plan>,
     ) -> Wire {
-        let FrontEnds { requests, control, events, engine_bell } = ends;
+        let FrontEnds { requests, control, gate, events, engine_bell } = ends;
         let mut settings = FrontSettings::new(options.limits.clone(), "simulated", model::VOCAB);
         settings.front = number;
         settings.body_timeout_ms = 1_000;
         let tokenise = Box::new(ByteTokeniser::new(model::VOCAB));
-        let links = FrontLinks { requests, control, events, engine_bell };
+        let links = FrontLinks { requests, control, gate, events, engine_bell };
         let core = FrontCore::new(settings, tokenise, links);
         let count = prng.between(1, 6) as usize;
         let mut shares: Vec<Vec<Asked>> = (0..count).map(|_| Vec::new()).collect();
@@ -307,6 +307,10 @@ impl Side for Wire {
     fn count(&self, seen: &mut Seen) {
         let asked = self.links.iter().flat_map(|link| &link.client.asked);
         asked.filter_map(|asked| asked.end).for_each(|end| seen.count(end));
+    }
+
+    fn rejected(&self) -> Option<u64> {
+        Some(self.core.counters().requests_rejected)
     }
 
     fn pending(&self) -> Vec<String> {

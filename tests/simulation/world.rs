@@ -9,6 +9,7 @@ use forebay::device::DeviceCore;
 use forebay::engine::ports::{connect_device, connect_front};
 use forebay::engine::{EngineConfig, EngineCore};
 use forebay::message::EVENT_BATCHES;
+use forebay::request::RejectReason;
 use forebay::ring::Doorbell;
 
 use crate::device::{Device, SimBackend};
@@ -41,6 +42,7 @@ pub struct Seen {
     pub parks: u64,
     pub resumes: u64,
     pub stale: u64,
+    pub gate_refusals: u64,
 }
 
 impl Seen {
@@ -62,6 +64,7 @@ impl Seen {
         self.parks += other.parks;
         self.resumes += other.resumes;
         self.stale += other.stale;
+        self.gate_refusals += other.gate_refusals;
         self.finished.iter_mut().zip(other.finished).for_each(|(sum, n)| *sum += n);
         self.rejected.iter_mut().zip(other.rejected).for_each(|(sum, n)| *sum += n);
     }
@@ -245,6 +248,7 @@ impl World {
                 self.device.borrow_mut().expect_steps(planned, self.engine.pace());
                 self.engine.check_invariants()?;
                 self.check_links()?;
+                self.check_gate()?;
                 busy
             }
             1 => {
@@ -278,6 +282,34 @@ impl World {
             front.check_links(batches_idle)?;
         }
         Ok(())
+    }
+
+    /// As of the end of every tick: the gate is closed for a reason that is there, open as soon as
+    /// there is none, and never open when the smallest request would be refused.
+    fn check_gate(&self) -> Result<(), String> {
+        let (stats, limits) = (self.engine.stats(), &self.options.limits);
+        let requests = stats.granted + stats.queued.iter().sum::<u32>();
+        let held = [
+            (u64::from(requests), u64::from(limits.queued_requests_max)),
+            (stats.queued_tokens, limits.queued_tokens_max),
+            (stats.queued_bytes, limits.queued_bytes_max),
+        ];
+        let is_full = held.iter().any(|(held, bound)| held >= bound);
+        let is_low = held.iter().all(|(held, bound)| *held <= bound - (bound / 16).max(1));
+        let is_table_full = self.engine.pending().count() == limits.sequences_max() as usize;
+        let (drains, lost) = (self.engine.is_draining(), self.engine.device_lost());
+        let gate = self.engine.gate();
+        let is_right = match gate.map(|closed| closed.reason) {
+            Some(RejectReason::ShuttingDown) => drains,
+            Some(RejectReason::NoCapacity) => lost,
+            Some(RejectReason::QueueFull) => is_table_full || !is_low,
+            Some(_) => false,
+            None => !(drains || lost || is_full || is_table_full),
+        };
+        match is_right {
+            true => Ok(()),
+            false => Err(format!("the gate is {gate:?} with {held:?}; {drains}, {lost}")),
+        }
     }
 
     /// Nobody has anything to do. Then, unless a step is at the device, nobody who could run may
@@ -350,6 +382,12 @@ impl World {
         if stats.counters.excess_credit > 0 {
             return Err("the engine was given more credit than it could use".into());
         }
+        let rejected: Option<u64> = self.fronts.iter().map(|front| front.rejected()).sum();
+        let counted: u64 = stats.counters.rejected.iter().sum();
+        let all_there = self.fronts.len() == self.options.fronts;
+        if all_there && rejected.is_some_and(|rejected| rejected != counted) {
+            return Err(format!("{rejected:?} were rejected, the engine knows of {counted}"));
+        }
         let counts = self.engine.census();
         if self.fronts.len() == self.options.fronts
             && counts.batches_idle.iter().any(|&batches| batches != EVENT_BATCHES)
@@ -367,6 +405,7 @@ impl World {
             parks: stats.counters.parks,
             resumes: stats.counters.resumes,
             stale: stats.counters.stale_messages,
+            gate_refusals: stats.counters.gate_refusals,
             ..Seen::default()
         };
         self.fronts.iter().for_each(|front| front.count(&mut seen));

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::base::Instant;
-use crate::flow::{Receiver, link};
+use crate::flow::{GateKeeper, Receiver, gate, link};
 use crate::front::{Action, ByteTokeniser, CloseHow, ConnId, FrontCore, FrontLinks, FrontSettings};
 use crate::limits::Limits;
 use crate::message::{
@@ -41,6 +41,7 @@ pub(super) struct Harness {
     pub(super) now: Instant,
     requests: Receiver<RequestMessage>,
     control: Consumer<ControlMessage>,
+    pub(super) gate: GateKeeper,
     events: Producer<Box<EventBatch>>,
     #[expect(clippy::vec_box, reason = "the ring carries boxes")]
     boxes: Vec<Box<EventBatch>>,
@@ -71,9 +72,11 @@ impl Harness {
         let (sender, requests) = link("requests", 4, Doorbell::new(), bell.clone());
         let (producer, control) = ring(FrontLinks::control_capacity(&settings.limits));
         let (events, consumer) = ring(EVENT_BATCHES);
+        let (gate, reader) = gate();
         let links = FrontLinks {
             requests: sender,
             control: producer,
+            gate: reader,
             events: consumer,
             engine_bell: Doorbell::new(),
         };
@@ -82,6 +85,7 @@ impl Harness {
             now: Instant::ZERO,
             requests,
             control,
+            gate,
             events,
             boxes: (0..EVENT_BATCHES).map(|_| Box::default()).collect(),
             decoders: BTreeMap::new(),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use forebay::base::Instant;
 use forebay::client::{ClientCore, ClientOptions, Request, RequestPrompt};
-use forebay::flow::{Receiver, link};
+use forebay::flow::{Receiver, gate, link};
 use forebay::front::{Action, ByteTokeniser, ConnId, FrontCore, FrontLinks, FrontSettings};
 use forebay::limits::Limits;
 use forebay::message::{
@@ -200,6 +200,7 @@ impl World {
         let links = FrontLinks {
             requests: sender,
             control: control_in,
+            gate: gate().1,
             events: consumer,
             engine_bell: Doorbell::new(),
         };
