@@ -7,6 +7,7 @@
 //! | `step/64 parking and resuming` | the same when every sequence runs out of credit in each step and gets one more: what slow readers cost |
 //! | `ask/refused` | an ask that finds the queue full: what a flood costs |
 //! | `refusal/at the gate`, `refusal/by the engine` | a REQUEST frame in, its REJECTED out, while the queue is full: front core and engine in turns on one thread |
+//! | `recorder/an event` | what the flight recorder costs |
 //! | `ask/granted, submitted, cancelled` | a whole request but its steps, with a prompt of 1,000 tokens |
 //! | `plan/check 64 rows` | the check of a plan of 64 decode rows at position 2,000 |
 //! | `stop/16 strings, hostile` | a 4-byte token against 16 stop strings of 256 bytes that all but match |
@@ -20,6 +21,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use forebay::base::Recorder;
+use forebay::base::recorder::{Kind, Show};
 use forebay::engine::blocks::BlockPool;
 use forebay::engine::plan;
 use forebay::engine::ports::FrontEnds;
@@ -232,6 +235,20 @@ fn refusal(c: &mut Criterion) {
     group.finish();
 }
 
+static KINDS: [Kind; 1] = [Kind { name: "event", values: &[("a", Show::Number)] }];
+
+fn recorder(c: &mut Criterion) {
+    let mut pen = Recorder::start("bench", &KINDS);
+    let mut at = forebay::base::Instant::ZERO;
+    c.bench_function("recorder/an event", |b| {
+        b.iter(|| {
+            at = at.plus_ns(1);
+            pen.record(at, 0, black_box([1, 2, 3]));
+        });
+    });
+    assert_eq!(pen.recorder().events().last().map(|event| event.at), Some(at));
+}
+
 fn plan_check(c: &mut Criterion) {
     let limits = limits();
     let mut pool = BlockPool::new(4_000, 1);
@@ -275,6 +292,6 @@ criterion_group! {
     config = Criterion::default()
         .warm_up_time(Duration::from_secs(1))
         .measurement_time(Duration::from_secs(4));
-    targets = step, ask, refusal, plan_check, stop
+    targets = step, ask, refusal, recorder, plan_check, stop
 }
 criterion_main!(engine);
