@@ -90,7 +90,7 @@ pub(super) const SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "kv.pool_bytes",
-        about: "memory of the KV pool; auto: a quarter of what is free, at most 2GiB; most of a GPU",
+        about: "size of the KV pool; auto: a quarter of what is free, at most 2GiB; most of a GPU",
         allowed: Allowed::NumberOrAuto { unit: Unit::Bytes, min: 1 << 20, max: 1 << 42 },
         set: |config, value| {
             config.kv.pool_bytes = if let Value::Number(bytes) = value { Some(bytes) } else { None }
