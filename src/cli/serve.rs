@@ -33,7 +33,7 @@ const DESCRIPTORS_BESIDES: u64 = 64;
 pub(super) fn serve(settings: &Settings) -> Result<(), Failure> {
     let config = super::settings::load(settings)?.config;
     let started = Instant::now();
-    recorder::dump_on_panic();
+    recorder::enable(config.runtime.recorder_file.clone());
     let signals = Signals::install()
         .map_err(|error| Failure::Runtime(format!("cannot watch for signals: {error}")))?;
     let probe = probe();
@@ -108,7 +108,7 @@ fn watch(mut signals: Signals, life: Arc<Lifecycle>, config: &Config) -> Result<
             let _ = rustix::event::poll(&mut waited, None);
             while let Some(wish) = signals.take() {
                 match wish {
-                    Wish::Dump => eprint!("{}", recorder::dump_all()),
+                    Wish::Dump => recorder::dump("SIGUSR1", usize::MAX),
                     Wish::Drain => {
                         tracing::info!(delay_ms, timeout_ms, "draining; a second signal ends now");
                         drain_after(&life, delay_ms, timeout_ms);

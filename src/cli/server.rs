@@ -21,13 +21,19 @@ use crate::limits::{Envelope, Limits, Lowered};
 use crate::model::{ChatTemplate, Gguf, GgufError, ModelConfig, Tokenizer};
 use crate::ports::{DeviceEnds, FrontEnds, connect_device, connect_front};
 use crate::ring::Doorbell;
-use crate::runtime::stall::StallWatch;
+use crate::runtime::recorder;
+use crate::runtime::stall::{Stall, StallWatch};
 use crate::runtime::topology::{CoreMap, Role};
 use crate::runtime::{ExecutorHandle, Flavour, Lifecycle, Local, Probe, probe, start_executor};
 
 /// An executor that does not come round for this long is reported. Work on it is sliced to about
 /// a millisecond; a loaded machine may take it off its CPU for some more.
 const STALL: Duration = Duration::from_millis(500);
+
+/// A machine that is overloaded stalls again and again: the flight recorders are dumped for one
+/// stall in this time, and only so many of their last events.
+const STALL_DUMPS_APART: Duration = Duration::from_secs(60);
+const STALL_EVENTS: usize = 500;
 
 /// Why a server cannot start, or ended on its own.
 #[derive(Debug, Error)]
@@ -225,10 +231,7 @@ impl Server {
             return Err(failed_to_listen(config.server.listen, executors, &life));
         };
         let pulses = executors.iter().map(ExecutorHandle::pulse).collect();
-        let watch = StallWatch::start(pulses, STALL, |stall| {
-            let (executor, task, ms) = (stall.executor, stall.task, stall.lasted_ns / 1_000_000);
-            tracing::warn!("executor {executor} is held by task {task} for {ms} ms");
-        });
+        let watch = StallWatch::start(pulses, STALL, report_stalls());
         Ok(Server {
             address,
             description,
@@ -288,6 +291,20 @@ impl Server {
     /// When it was not a drain that ended it.
     pub fn join(self) -> Result<(), ServerError> {
         join_all(self.executors).map_err(ServerError::machine("serving"))
+    }
+}
+
+/// Says who holds an executor, and now and then what happened before.
+fn report_stalls() -> impl FnMut(&Stall) + Send {
+    let mut quiet_until = Instant::ZERO;
+    move |stall| {
+        let (executor, task, ms) = (stall.executor, stall.task, stall.lasted_ns / 1_000_000);
+        tracing::warn!("executor {executor} is held by task {task} for {ms} ms");
+        let now = crate::runtime::now();
+        if now >= quiet_until {
+            quiet_until = now.plus_ns(STALL_DUMPS_APART.as_nanos() as u64);
+            recorder::dump("a stall", STALL_EVENTS);
+        }
     }
 }
 
@@ -360,6 +377,7 @@ impl Parts {
         let tokens = Arc::clone(&model.tokens);
         let core = EngineCore::new(engine_config, tokens, vec![front_port], device_port)
             .map_err(|error| ServerError::Settings(error.to_string()))?;
+        recorder::register(&core.recorder());
         let board = Arc::new(StatsBoard::default());
         let mut settings = FrontSettings::new(limits.clone(), &model.name, vocab);
         let shown = Arc::clone(&board);
@@ -426,6 +444,7 @@ async fn run_parts(
     let is_device_alone = parts.engine.is_none() && parts.front.is_none();
     if let Some(DevicePart { backend, ends, bell }) = parts.device {
         let core = DeviceCore::new(backend, ends.steps, ends.results, ends.engine_bell);
+        recorder::register(&core.recorder());
         let device = device::task::run(core, bell, local.clone());
         if is_device_alone {
             device.await;
@@ -467,5 +486,6 @@ async fn run_front(
     // The starter waits for this; if it has gone it does not mind.
     let _ = door.listening.send(address);
     let core = FrontCore::new(part.settings, Box::new(part.tokenise), part.ends);
+    recorder::register(&core.recorder());
     front::task::run(core, net, part.bell, Arc::clone(life), local).await
 }

@@ -15,6 +15,7 @@ mod suggest;
 mod value;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 pub use load::{Flag, Loaded, TomlFile, describe_settings, load};
 pub use model_name::{DEFAULT_MODEL, HubFile, KNOWN_MODELS, KnownModel, ModelName, ModelNameError};
@@ -137,6 +138,8 @@ pub struct Drain {
 pub struct Runtime {
     /// How sockets are driven.
     pub io: Io,
+    /// Where the flight recorders are dumped; `None`: to standard error.
+    pub recorder_file: Option<PathBuf>,
 }
 
 /// How sockets are driven.
@@ -160,7 +163,7 @@ impl Default for Config {
             compute: Compute { backend: Backend::Auto, threads: None, isa: Isa::Auto },
             cuda: Cuda { device: 0, memory_percent: 90, graphs: Graphs::On },
             drain: Drain { delay_ms: 0, timeout_ms: 60_000 },
-            runtime: Runtime { io: Io::Auto },
+            runtime: Runtime { io: Io::Auto, recorder_file: None },
         }
     }
 }

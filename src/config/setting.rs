@@ -90,8 +90,7 @@ pub(super) const SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "kv.pool_bytes",
-        about: "memory of the KV pool; auto: a quarter of the free memory, at most 2GiB; on a GPU \
-                what cuda.memory_percent leaves",
+        about: "size of the KV pool; auto: a quarter of what is free, at most 2GiB; most of a GPU",
         allowed: Allowed::NumberOrAuto { unit: Unit::Bytes, min: 1 << 20, max: 1 << 42 },
         set: |config, value| {
             config.kv.pool_bytes = if let Value::Number(bytes) = value { Some(bytes) } else { None }
@@ -129,6 +128,17 @@ pub(super) const SETTINGS: &[Setting] = &[
     choice!("runtime.io", runtime.io,
         ["auto" => Io::Auto, "io_uring" => Io::IoUring, "epoll" => Io::Epoll],
         "how sockets are driven"),
+    Setting {
+        key: "runtime.recorder_file",
+        about: "where the flight recorders go on a panic, a stall or SIGUSR1: stderr or a path",
+        allowed: Allowed::Output,
+        set: |config, value| {
+            if let Value::Output(file) = value {
+                config.runtime.recorder_file = file;
+            }
+        },
+        get: |config| Value::Output(config.runtime.recorder_file.clone()),
+    },
     number!(
         "drain.delay_ms",
         drain.delay_ms,
@@ -144,6 +154,14 @@ pub(super) const SETTINGS: &[Setting] = &[
         DAY_MS,
         Millis,
         "then, sequences may finish for this long before they are cancelled"
+    ),
+    number!(
+        "scheduler.step_target_ms",
+        limits.step_target_ms,
+        1,
+        DAY_MS,
+        Millis,
+        "a step in which somebody decodes takes no more prefill than ends by then, as predicted"
     ),
     number!(
         "stream.window_tokens_max",

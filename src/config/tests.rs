@@ -49,7 +49,7 @@ fn every_kind_of_value_is_read_from_a_file() {
          [compute]\nthreads = 3\nisa = \"avx2\"\n\
          [drain]\ndelay_ms = 5\ntimeout_ms = \"2m\"\n\
          [stream]\nwindow_tokens_max = 0x10\nstall_timeout_ms = \"30s\"\n\
-         [runtime]\nio = \"epoll\"\n\
+         [runtime]\nio = \"epoll\"\nrecorder_file = \"/tmp/x\"\n\
          [limits]\nqueued_bytes_max = 1_500_000\n",
     )
     .unwrap()
@@ -65,6 +65,7 @@ fn every_kind_of_value_is_read_from_a_file() {
     assert_eq!(config.limits.stream_window_tokens_max, 16);
     assert_eq!(config.limits.stall_timeout_ms, 30_000);
     assert_eq!(config.runtime.io, Io::Epoll);
+    assert_eq!(config.runtime.recorder_file, Some("/tmp/x".into()));
     assert_eq!(config.limits.queued_bytes_max, 1_500_000);
 }
 

@@ -6,6 +6,7 @@
 use std::fmt;
 
 use super::Limits;
+use crate::base::Recorder;
 use crate::message::{
     BLOCK_POSITIONS, ControlMessage, EVENT_BATCHES, Event, Logprob, PlanRow, RequestMessage,
     Sampled, SlotSetup, Submission,
@@ -370,7 +371,9 @@ const TEMPLATE_BYTES_MAX: u64 = 64 << 20;
 
 fn program_bounds(sizes: &Sizes) -> Vec<Bound> {
     let at_start = Kind::Reserved;
+    let recorder = Recorder::BYTES as u64;
     vec![
+        line("flight recorders", sizes.fronts + 2, recorder, at_start, "4,096 events a core"),
         line("tokenizer", 1, sizes.tokenizer_bytes, at_start, "vocabulary, merges, template"),
         line("threads", sizes.threads, sizes.stack_bytes, at_start, "what of a stack is touched"),
         line("program", 1, sizes.program_bytes, at_start, "code, libraries, allocator"),
