@@ -6,6 +6,8 @@
 //! | `step/64 running, stop strings` | the same when every sequence has 4 stop strings |
 //! | `step/64 parking and resuming` | the same when every sequence runs out of credit in each step and gets one more: what slow readers cost |
 //! | `ask/refused` | an ask that finds the queue full: what a flood costs |
+//! | `refusal/at the gate`, `refusal/by the engine` | a REQUEST frame in, its REJECTED out, while the queue is full: front core and engine in turns on one thread |
+//! | `recorder/an event` | what the flight recorder costs |
 //! | `ask/granted, submitted, cancelled` | a whole request but its steps, with a prompt of 1,000 tokens |
 //! | `plan/check 64 rows` | the check of a plan of 64 decode rows at position 2,000 |
 //! | `stop/16 strings, hostile` | a 4-byte token against 16 stop strings of 256 bytes that all but match |
@@ -19,11 +21,17 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use forebay::base::Recorder;
+use forebay::base::recorder::{Kind, Show};
 use forebay::engine::blocks::BlockPool;
 use forebay::engine::plan;
 use forebay::engine::stop::{Borders, StopMatcher};
+use forebay::flow::gate;
+use forebay::front::{Action, ByteTokeniser, ConnId, FrontCore, FrontSettings};
 use forebay::limits::Limits;
 use forebay::message::{ControlMessage, PlanRow, SeqKey, StepPlan};
+use forebay::ports::FrontEnds;
+use forebay::protocol::{Capabilities, ClientFrame, Hello, Request, RequestPrompt, encode_request};
 use forebay::request::FinishReason;
 
 use bench::{A, Bench, Want};
@@ -144,6 +152,101 @@ fn ask(c: &mut Criterion) {
     group.finish();
 }
 
+/// A front core with one client, beside an engine whose queue is full.
+struct Refusing {
+    bench: Bench,
+    front: FrontCore,
+    conn: ConnId,
+    streams: u32,
+}
+
+impl Refusing {
+    fn new(at_gate: bool) -> Refusing {
+        let limits = Limits { queued_requests_max: 4, ..limits() };
+        let mut bench = Bench::with(&limits, 8_000, 1, 2);
+        for _ in 0..4 {
+            bench.granted(&Want::default());
+        }
+        let ends = bench.fronts.pop().expect("there are two");
+        // A gate that is never closed sends everybody on to the engine.
+        let ends = if at_gate { ends } else { FrontEnds { gate: gate().1, ..ends } };
+        let settings = FrontSettings { front: 1, ..FrontSettings::new(limits, "bytes", 300) };
+        let front = FrontCore::new(settings, Box::new(ByteTokeniser::new(300)), ends);
+        let conn = ConnId { slot: 0, generation: 0 };
+        let mut refusing = Refusing { bench, front, conn, streams: 0 };
+        refusing.front.handle_accepted(conn, refusing.bench.now);
+        let hello = ClientFrame::Hello(Hello {
+            version_min: 1,
+            version_max: 1,
+            capabilities: Capabilities::ALL,
+            client: "bench",
+            token: "",
+        });
+        let mut bytes = Vec::new();
+        hello.encode(&mut bytes);
+        refusing.answer(&bytes);
+        refusing
+    }
+
+    /// Hands bytes in; returns how long it took until bytes came out.
+    fn answer(&mut self, bytes: &[u8]) -> Duration {
+        let now = self.bench.now;
+        let begin = Instant::now();
+        self.front.handle_received(self.conn, bytes, now);
+        loop {
+            if let Some(action) = self.front.poll_action() {
+                let Action::Send { conn, bytes } = action else { panic!("{action:?}") };
+                let took = begin.elapsed();
+                let taken = bytes.len();
+                self.front.handle_sent(conn, bytes, taken, now);
+                while self.front.tick(now) | self.bench.engine.tick(now) {}
+                return took;
+            }
+            self.front.tick(now);
+            self.bench.engine.tick(now);
+        }
+    }
+
+    fn refuse(&mut self) -> Duration {
+        self.streams += 1;
+        let mut request =
+            Request::new(RequestPrompt::Text("How long is a piece of string?".into()));
+        request.window_tokens = 8;
+        let mut bytes = Vec::new();
+        encode_request(&mut bytes, self.streams, &request, 1 << 20);
+        self.answer(&bytes)
+    }
+}
+
+fn refusal(c: &mut Criterion) {
+    let mut group = c.benchmark_group("refusal");
+    for (name, at_gate) in [("at the gate", true), ("by the engine", false)] {
+        let mut refusing = Refusing::new(at_gate);
+        group.bench_function(name, |b| {
+            b.iter_custom(|rounds| (0..rounds).map(|_| refusing.refuse()).sum());
+        });
+        let counters = refusing.front.counters();
+        assert_eq!(counters.requests, counters.requests_rejected, "all of them were refused");
+        let at = refusing.bench.stats().counters.gate_refusals;
+        assert_eq!(at, if at_gate { counters.requests } else { 0 });
+    }
+    group.finish();
+}
+
+static KINDS: [Kind; 1] = [Kind { name: "event", values: &[("a", Show::Number)] }];
+
+fn recorder(c: &mut Criterion) {
+    let mut pen = Recorder::start("bench", &KINDS);
+    let mut at = forebay::base::Instant::ZERO;
+    c.bench_function("recorder/an event", |b| {
+        b.iter(|| {
+            at = at.plus_ns(1);
+            pen.record(at, 0, black_box([1, 2, 3]));
+        });
+    });
+    assert_eq!(pen.recorder().events().last().map(|event| event.at), Some(at));
+}
+
 fn plan_check(c: &mut Criterion) {
     let limits = limits();
     let mut pool = BlockPool::new(4_000, 1);
@@ -187,6 +290,6 @@ criterion_group! {
     config = Criterion::default()
         .warm_up_time(Duration::from_secs(1))
         .measurement_time(Duration::from_secs(4));
-    targets = step, ask, plan_check, stop
+    targets = step, ask, refusal, recorder, plan_check, stop
 }
 criterion_main!(engine);

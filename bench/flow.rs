@@ -70,7 +70,7 @@ fn estimators(c: &mut Criterion) {
     group.bench_function("job_arrives_is_served_and_leaves", |b| {
         b.iter(|| {
             now = now.plus_ns(1_000_000);
-            load.arrived(now);
+            load.arrived(1, now);
             load.served(1, 900_000);
             load.left(5_000_000);
         });

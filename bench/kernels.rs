@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use forebay::device::Backend;
 use forebay::device::cpu::attention::{AttentionScratch, Queries, attend};
 use forebay::device::cpu::kernels::{GemmArgs, Kernels, PANEL_ROWS, Packing};
 use forebay::device::cpu::kv::{KvLayout, KvPool};

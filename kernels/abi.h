@@ -46,11 +46,12 @@ typedef uint16_t fb_f16;
 //   FB_BF16: 2 x 16 bytes, split in two planes so that each load is one contiguous 512 bytes:
 //            [N/16][K/32][step 2][lane 32][8 bf16].
 //   FB_Q8:   16 bytes, int8 q of 8 values of step 0, then of step 1.           w = d q
-//   FB_Q4:   8 bytes; one uint32 a step: value i of the eight is in bits       w = d (q - 8)
-//            4i..4i+3 (q of 0 to 15).
+//   FB_Q4:   8 bytes; one uint32 a step, q of 0 to 15: the even values 0 2 4 6  w = d (q - 8)
+//            in its low half from bit 0 up, the odd ones 1 3 5 7 in its high half from bit 16 up,
+//            so that one shift and one mask bring out the two of a register.
 //   FB_Q4M:  as FB_Q4.                                                         w = d q + m
-// `scales` is [N/16][K/32][16] f16 d of the tile's rows; for FB_Q4M [N/16][K/32][16][2] f16, d and
-// m. Null for FB_BF16.
+// `scales` is [N/16][K/32][8][2] f16: d of the tile's rows g and g+8; for FB_Q4M [N/16][K/32][8][4]
+// f16: d of rows g and g+8, then m of both. Null for FB_BF16.
 typedef enum fb_weight_type { FB_BF16 = 0, FB_Q8 = 1, FB_Q4 = 2, FB_Q4M = 3 } fb_weight_type;
 
 typedef struct fb_weight {
@@ -122,20 +123,79 @@ typedef struct fb_rmsnorm {
 // forebay_gemm_<type>_<epilogue>_<n>: C[token][row] = sum over k of W[row][k] X[token][k], and what
 // the epilogue makes of it.  type: bf16 q8 q4 q4m.  epilogue: store residual qkv swiglu.
 // n: tokens of a CTA's tile, 8 16 32 64.
-// Grid (N/16 / (FB_GEMM_WARPS / ksplit), ceil(T/n)), 32 x FB_GEMM_WARPS threads. ksplit warps share
-// a row tile, each summing its own contiguous part of K; parts are added in order. ksplit (1, 2, 4
-// or 8) is fixed by the weight's shape, see fb_ksplit.
+// Grid (fb_gemm_grid_x, ceil(T/n)), 32 x FB_GEMM_WARPS threads, fb_gemm_shared_bytes. K is cut into
+// ksplit (1, 2, 4 or 8) contiguous parts, fixed by the weight's shape (fb_ksplit); each is summed on
+// its own and the parts are added in order. Either ksplit warps share a row tile, a part each, or,
+// `in_turn`, one warp goes through all parts: the same operations in the same order, so the same
+// bits. The first fills a GPU with few tokens, the second reads less of X where there are many. A
+// launch in turn passes 1 for ksplit to the two functions of its geometry; kernels for fewer tokens
+// than FB_GEMM_IN_TURN cannot do it.
 #define FB_GEMM_WARPS 8
+#define FB_GEMM_IN_TURN 64
 
-// Warps that share a row tile of a weight [n][k]: as many as give 132 SMs two CTAs each, as long as
-// each warp keeps at least 4 tiles of K. Depends on shape alone (batch invariance).
+// Warps that share a row tile of a weight [n][k]: as many as give about 128 blocks, as long as each
+// warp keeps at least 4 tiles of K. (Twice as many blocks were measured: 2 % faster with one token,
+// up to 40 % slower with 64, as every part reads the activations anew.) Depends on shape alone
+// (batch invariance).
 static inline uint32_t fb_ksplit(uint32_t n, uint32_t k) {
   uint32_t split = 1;
-  while (split < FB_GEMM_WARPS && (n / FB_TILE_ROWS) * split < 2 * 132 * FB_GEMM_WARPS &&
+  while (split < FB_GEMM_WARPS && (n / FB_TILE_ROWS) * split < 128 * FB_GEMM_WARPS &&
          k / FB_TILE_COLS / (split * 2) >= 4) {
     split *= 2;
   }
   return split;
+}
+
+// Whether a launch for T tokens in tiles of n should take parts in turn: when there is a block for
+// every one of 132 SMs even so.
+static inline uint32_t fb_gemm_in_turn(uint32_t rows, uint32_t tokens, uint32_t n) {
+  return n >= FB_GEMM_IN_TURN &&
+         rows / FB_TILE_ROWS / FB_GEMM_WARPS * ((tokens + n - 1) / n) >= 132;
+}
+
+// Columns of every part of K that a block works on between two barriers.
+// With few tokens there is little to do for each, and half as many barriers count.
+static inline uint32_t fb_gemm_chunk(uint32_t type, uint32_t n) {
+  return n == 64 ? 32 : n == 8 && type != FB_BF16 ? 128 : 64;
+}
+
+// Bytes of a tile of weights with its scales.
+static inline uint32_t fb_tile_bytes(uint32_t type) {
+  return type == FB_BF16 ? 1024 : type == FB_Q8 ? 544 : type == FB_Q4 ? 288 : 320;
+}
+
+// Chunks of weights that each warp has on their way or at hand: with the activations, what lets two
+// blocks share a multiprocessor, and three or four with few tokens.
+static inline uint32_t fb_gemm_stages(uint32_t type, uint32_t n) {
+  if (n == 64) {
+    return type == FB_BF16 ? 5 : 8;
+  }
+  if (n == 8) {
+    return type == FB_Q8 ? 3 : 4;
+  }
+  return type == FB_BF16 ? (n == 32 ? 3 : 4) : type == FB_Q8 ? 5 : 8;
+}
+// Floats between two tokens of a warp's part of the result in shared memory: 16 rows, and 4 so that
+// a warp's stores meet no bank twice.
+#define FB_GEMM_PITCH 20
+
+static inline uint32_t fb_gemm_grid_x(uint32_t rows, uint32_t ksplit) {
+  const uint32_t tiles = (rows + FB_TILE_ROWS - 1) / FB_TILE_ROWS, each = FB_GEMM_WARPS / ksplit;
+  return (tiles + each - 1) / each;
+}
+
+// Dynamic shared memory: two chunks of X and the warps' weights; then, in the same place, the parts
+// of the result; behind it where a warp may add to them as it goes.
+static inline uint32_t fb_gemm_shared_bytes(uint32_t type, uint32_t n, uint32_t ksplit) {
+  const uint32_t chunk = fb_gemm_chunk(type, n);
+  const uint32_t weights =
+      FB_GEMM_WARPS * fb_gemm_stages(type, n) * (chunk / FB_TILE_COLS) * fb_tile_bytes(type);
+  const uint32_t used = 2 * ksplit * n * chunk * 2 + weights;
+  const uint32_t parts = FB_GEMM_WARPS * n * FB_GEMM_PITCH * 4;
+  if (n >= FB_GEMM_IN_TURN && ksplit == 1) {
+    return used + parts;
+  }
+  return used > parts ? used : parts;
 }
 
 typedef struct fb_gemm {
@@ -143,7 +203,7 @@ typedef struct fb_gemm {
   const fb_bf16 *x;      // [T][K]
   const uint32_t *count; // tokens that are real (a field of fb_step)
   uint32_t ksplit;
-  uint32_t reserved;
+  uint32_t in_turn; // 1: a warp goes through its row tile's parts of K, 0: ksplit warps have one each
   // store: y32[T][N] = C (the logits).   residual: y32[T][N] += C.
   float *y32;
   // swiglu (paired rows): y16[T][N/2] = bf16(silu(gate) x up).   qkv: the queries, [T][heads][head_dim].
@@ -169,8 +229,14 @@ typedef struct fb_gemm {
 // A query tile: 16 rows = consecutive tokens of one row x the query heads of one kv head, token
 // major; tokens of a tile = max(1, 16 / group). A CTA of 4 warps has one tile and one split: warp w
 // has block w of the split.
-// Grid (query tiles, kv_heads, splits_max), 128 threads; a CTA whose split begins beyond its tile's
-// last position ends at once.
+// heads / kv_heads is at most 16.
+// Grid (query tiles, kv_heads, z), 128 threads, FB_ATTENTION_SHARED_BYTES; a CTA takes splits
+// blockIdx.z, + z and so on, and ends at once where they begin beyond its tile's last position. So
+// any z is right for any context, as a captured graph needs; splits of the longest one are fastest.
+// forebay_attention_prefill_<head_dim>: the same bits, for rows of many tokens. Grid (query tiles /
+// 4, kv_heads, z): a CTA has four query tiles, all of one row, FB_NONE at the end where a row has
+// no more; warp w has tile w and goes through the split's blocks, which all four share.
+#define FB_ATTENTION_SHARED_BYTES(head_dim) (512 * (head_dim))
 typedef struct fb_query_tile {
   uint32_t row;         // index into rows, FB_NONE: padding
   uint32_t token_start; // first token, counted within the row

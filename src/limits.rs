@@ -42,6 +42,9 @@ pub struct Limits {
     pub step_tokens_max: u32,
     /// Longest prefill chunk of one sequence in one step.
     pub chunk_tokens_max: u32,
+    /// A step with decode rows in it takes no more prefill than is expected to end by then: it is
+    /// what a long prompt may add to the time between two tokens of everybody else.
+    pub step_target_ms: u64,
     /// Longest sequence, prompt and output together: the model's context unless set lower.
     pub context_max: u32,
     /// A request whose first token is foreseen to come later is refused at once, unless its
@@ -71,6 +74,7 @@ impl Default for Limits {
             parked_max: 512,
             step_tokens_max: 512,
             chunk_tokens_max: 512,
+            step_target_ms: 50,
             context_max: 8192,
             ttft_target_ms: 2_000,
             queue_ttl_ms: 30_000,
@@ -98,6 +102,7 @@ impl Limits {
             parked_max: 3,
             step_tokens_max: 96,
             chunk_tokens_max: 64,
+            step_target_ms: 50,
             context_max: 512,
             ttft_target_ms: 1_000,
             queue_ttl_ms: 5_000,

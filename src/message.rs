@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::base::Instant;
+use crate::base::{Instant, recorder};
 use crate::request::{
     Class, FinishReason, Name, RejectReason, SamplingParams, Timings, TokenId, Usage,
 };
@@ -22,6 +22,13 @@ pub struct StreamKey {
     pub generation: u32,
 }
 
+impl StreamKey {
+    /// As a flight recorder keeps it.
+    pub const fn recorded(self) -> u64 {
+        recorder::stream(self.front, self.slot, self.generation)
+    }
+}
+
 /// A request as the engine knows it: a slot in the sequence table, with its generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SeqKey {
@@ -29,6 +36,13 @@ pub struct SeqKey {
     pub slot: u32,
     /// Counts reuses of the slot.
     pub generation: u32,
+}
+
+impl SeqKey {
+    /// As a flight recorder keeps it.
+    pub const fn recorded(self) -> u64 {
+        recorder::key(self.slot, self.generation)
+    }
 }
 
 /// A KV block: [`BLOCK_POSITIONS`] consecutive positions of one sequence, all layers.

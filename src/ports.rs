@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::flow::{Receiver, Sender, link};
+use crate::flow::{GateKeeper, GateReader, Receiver, Sender, gate, link};
 use crate::limits::Limits;
 use crate::message::{ControlMessage, EVENT_BATCHES, EventBatch, RequestMessage, Step};
 use crate::ring::{Consumer, Doorbell, Producer, ring};
@@ -14,6 +14,8 @@ pub struct FrontPort {
     pub requests: Receiver<RequestMessage>,
     /// Credits, cancels and emptied batches; never waits behind requests (I3).
     pub control: Consumer<ControlMessage>,
+    /// Where the front core is told what would be refused, and tells what it refused.
+    pub gate: GateKeeper,
     /// Filled batches. The ring has room for all that circulate.
     pub events: Producer<Box<EventBatch>>,
     /// Rung after a batch was pushed.
@@ -28,6 +30,8 @@ pub struct FrontEnds {
     /// Credits, cancels and emptied batches, with room for [`FrontEnds::control_capacity`]. Who
     /// pushes rings `engine_bell`.
     pub control: Producer<ControlMessage>,
+    /// Looked at before an ask.
+    pub gate: GateReader,
     /// Filled batches, each to be sent back.
     pub events: Consumer<Box<EventBatch>>,
     /// The engine's bell.
@@ -55,15 +59,18 @@ pub fn connect_front(
         link("requests", requests_capacity, Arc::clone(engine_bell), Arc::clone(front_bell));
     let (control_in, control_out) = ring(FrontEnds::control_capacity(limits));
     let (events_in, events_out) = ring(EVENT_BATCHES);
+    let (keeper, reader) = gate();
     let port = FrontPort {
         requests: receiver,
         control: control_out,
+        gate: keeper,
         events: events_in,
         bell: Arc::clone(front_bell),
     };
     let ends = FrontEnds {
         requests: sender,
         control: control_in,
+        gate: reader,
         events: events_out,
         engine_bell: Arc::clone(engine_bell),
     };

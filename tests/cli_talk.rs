@@ -220,6 +220,59 @@ fn serve_drains_on_the_first_signal_and_its_memory_stays_in_the_envelope() {
     assert!(peak_kib * 1024 <= envelope, "{peak_kib} KiB at most, {envelope} bytes planned");
 }
 
+/// What happened to a stream and its sequence on a core, by a dump of the flight recorders.
+fn life<'a>(dump: &'a str, core: &str, ids: [&str; 2]) -> Vec<&'a str> {
+    let its = dump.lines().filter(|line| {
+        let mut words = line.split_whitespace();
+        words.nth(2) == Some(core) && words.any(|word| ids.contains(&word))
+    });
+    its.map(|line| line[33..49].trim_end()).collect()
+}
+
+#[test]
+fn a_signal_prints_what_became_of_the_last_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("recorded");
+    let to_file = format!("runtime.recorder_file={}", file.display());
+    for (args, end) in [
+        (&[][..], "end of flight recorders\n"),
+        (&["--set", to_file.as_str()], "flight recorders, for SIGUSR1: in "),
+    ] {
+        let mut serving = serve(args);
+        let client = Client::connect(serving.address, &ClientOptions::default()).unwrap();
+        let mut request = Request::new(RequestPrompt::Text(ENDLESS.into()));
+        request.max_tokens = Some(3);
+        let last = client.request(request).unwrap().last().unwrap();
+        assert!(matches!(last, Ok(Event::Done(_))), "{last:?}");
+        signal(&serving.child, Signal::USR1);
+        let mut errors = BufReader::new(serving.child.stderr.take().unwrap());
+        let mut dump = String::new();
+        let mut line = 0;
+        while !dump[line..].starts_with(end) {
+            line = dump.len();
+            assert!(errors.read_line(&mut dump).unwrap() > 0, "no {end:?}: {dump}");
+        }
+        if !args.is_empty() {
+            dump = std::fs::read_to_string(&file).unwrap();
+        }
+        let grant = dump.lines().find(|line| line.contains("grant ")).unwrap();
+        let mut ids = grant.split_whitespace().rev();
+        let (seq, stream) = (ids.next().unwrap(), ids.next().unwrap());
+        let of = |core| life(&dump, core, [stream, seq]);
+        assert_eq!(of("front"), ["request", "ask", "granted", "submit", "done"], "{dump}");
+        let engine = ["ask", "grant", "accept", "admit", "first token", "done"];
+        assert_eq!(of("engine"), engine, "{dump}");
+        // A step for the prompt, one for each token but the last.
+        assert_eq!(dump.matches("step begun ").count(), 3, "{dump}");
+        assert_eq!(dump.matches("step done ").count(), 3, "{dump}");
+        let ago = dump.lines().filter_map(|line| line.split_once(" us "));
+        let ago: Vec<i64> = ago.map(|(ago, _)| ago.trim().parse().unwrap()).collect();
+        assert!(ago.len() > 16 && ago.is_sorted(), "{dump}");
+        serving.child.kill().unwrap();
+        serving.child.wait().unwrap();
+    }
+}
+
 #[test]
 fn a_second_signal_ends_at_once() {
     let mut serving = serve(&[]);

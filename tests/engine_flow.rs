@@ -5,8 +5,11 @@ mod bench;
 
 use bench::{A, Bench, END, Told, Want};
 use forebay::base::Instant;
+use forebay::engine::plan;
+use forebay::engine::room::PREFILL_TOKENS_MIN;
+use forebay::flow::{StepCost, StepLoad, StepTimeModel};
 use forebay::limits::Limits;
-use forebay::message::{ControlMessage, EVENT_BATCHES, StepFailure};
+use forebay::message::{ControlMessage, EVENT_BATCHES, PlanRow, StepFailure};
 use forebay::request::{Class, FinishReason, RejectReason, TokenId};
 
 fn tiny() -> Limits {
@@ -196,6 +199,126 @@ fn decode_rows_come_first_and_prefill_takes_what_is_left_of_the_step() {
     assert_eq!(chunks, [(0, 16, false), (16, 16, false), (32, 16, false), (48, 2, true)]);
 }
 
+/// Runs one step that takes as long as the engine expects.
+fn step_as_expected(bench: &mut Bench) -> Vec<PlanRow> {
+    bench.settle();
+    let mut step = bench.take_step().expect("a step is at the device");
+    bench::sample(&mut step, |_| A);
+    step.result.elapsed_ns = bench.engine.pace().predict_ns(plan::load(&step.plan));
+    let rows = step.plan.rows.clone();
+    bench.give_step(step);
+    rows
+}
+
+#[test]
+fn a_step_in_which_somebody_decodes_takes_the_prefill_that_ends_within_its_target() {
+    let limits =
+        Limits { step_tokens_max: 400, chunk_tokens_max: 400, step_target_ms: 50, ..tiny() };
+    let mut bench = Bench::new(&limits, 16);
+    let prompt = Want { prompt: 300, max_tokens: 40, window: 8, ..Want::default() };
+    bench.accepted(&prompt);
+    assert_eq!(
+        step_as_expected(&mut bench)[0].token_count,
+        300,
+        "nobody decodes: the chunk is whole"
+    );
+    bench.accepted(&prompt);
+    step_as_expected(&mut bench);
+    let rows = step_as_expected(&mut bench);
+    assert_eq!((rows.len(), rows[0].token_count), (2, 1));
+    let pace = bench.engine.pace();
+    let load = |tokens| StepLoad::default().plus_decode(rows[0].position).plus_prefill(0, tokens);
+    let target_ns = 50_000_000;
+    let chunk = rows[1].token_count;
+    assert!(chunk > PREFILL_TOKENS_MIN, "{chunk}");
+    assert!(pace.predict_ns(load(chunk)) <= target_ns, "{chunk}");
+    assert!(pace.predict_ns(load(chunk + 8)) > target_ns, "{chunk}");
+}
+
+/// What a small model costs on a few CPUs: a chunk of 512 tokens takes 0.2 seconds.
+const SMALL_CPU: StepCost = StepCost {
+    step_ps: 8_000_000_000,
+    prefill_token_ps: 370_000_000,
+    decode_row_ps: 1_000_000_000,
+    kv_position_ps: 20_000,
+};
+
+/// Eight streams that ask for 64 tokens after a prompt of 512, again and again, for so many
+/// requests in all. Returns the times between two tokens of a stream in nanoseconds, shortest
+/// first, without those of each stream's first request, and the time that all of it took.
+fn closed_loop(step_target_ms: u64, requests: usize) -> (Vec<u64>, u64) {
+    let limits = Limits { running_max: 8, step_target_ms, ..Limits::default() };
+    let (mut bench, device) = (Bench::new(&limits, 100), StepTimeModel::new(SMALL_CPU));
+    let want = Want { prompt: 512, max_tokens: 64, window: 64, ..Want::default() };
+    let mut streams: Vec<_> = (0..8).map(|_| (bench.accepted(&want).0, None)).collect();
+    let (mut gaps, mut asked) = (Vec::new(), streams.len());
+    let begin = bench.now;
+    while let Some(mut step) = bench.take_step() {
+        bench::sample(&mut step, |_| A);
+        step.result.elapsed_ns = device.predict_ns(plan::load(&step.plan));
+        // A millisecond passes with every step that is given back.
+        bench.now = bench.now.plus_ns(step.result.elapsed_ns - 1_000_000);
+        bench.give_step(step);
+        for (stream, last) in &mut streams {
+            for told in bench.told(*stream) {
+                match told {
+                    Told::Tokens(..) => {
+                        let since = last.replace(bench.now);
+                        let since = since.filter(|_| stream.slot >= 8);
+                        gaps.extend(since.map(|since| bench.now.ns_since(since)));
+                    }
+                    Told::Done(..) if asked < requests => {
+                        asked += 1;
+                        (*stream, *last) = (bench.accepted(&want).0, None);
+                    }
+                    Told::Done(..) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        bench.settle();
+    }
+    gaps.sort_unstable();
+    (gaps, bench.now.ns_since(begin))
+}
+
+#[test]
+fn with_a_target_long_prompts_hold_up_no_stream_beyond_it_and_cost_little_throughput() {
+    let (requests, unbounded_ms) = (64, 1_000_000);
+    let (whole, whole_ns) = closed_loop(unbounded_ms, requests);
+    let (cut, cut_ns) = closed_loop(50, requests);
+    let [p50, p99] = [50, 99].map(|percent| move |gaps: &[u64]| gaps[gaps.len() * percent / 100]);
+    for (name, gaps, ns) in [("whole chunks", &whole, whole_ns), ("50 ms", &cut, cut_ns)] {
+        let per_second = requests as u64 * 64 * 1_000_000_000 / ns;
+        println!("{name}: p50 {} p99 {} ns, {per_second} tokens/s", p50(gaps), p99(gaps));
+    }
+    assert_eq!(whole.len(), cut.len());
+    assert!(*whole.last().unwrap() > 200_000_000, "somebody waits for a whole chunk");
+    // The model is learnt from these very steps: it may be off by a little.
+    assert!(*cut.last().unwrap() < 52_000_000, "{:?}", cut.last());
+    assert!(cut_ns < whole_ns * 5 / 4, "{cut_ns} ns instead of {whole_ns}");
+}
+
+#[test]
+fn a_target_that_cannot_be_met_slows_prompts_and_stops_none() {
+    let limits = Limits { step_target_ms: 1, ..tiny() };
+    let mut bench = Bench::new(&limits, 16);
+    bench.accepted(&Want { max_tokens: 40, window: 8, ..Want::default() });
+    step_as_expected(&mut bench);
+    bench.accepted(&Want { prompt: 40, ..Want::default() });
+    bench.accepted(&Want { prompt: 40, ..Want::default() });
+    step_as_expected(&mut bench);
+    let mut chunks = Vec::new();
+    for _ in 0..4 {
+        let rows = step_as_expected(&mut bench);
+        assert_eq!(rows[0].token_count, 1);
+        let chunk = rows.iter().find(|row| row.token_count > 1);
+        chunks.extend(chunk.map(|row| (row.position, row.token_count, row.sample)));
+    }
+    let (first, last) = ((0, 16, false), (32, 8, true));
+    assert_eq!(chunks, [first, (16, 16, false), last, first], "one prompt after the other");
+}
+
 #[test]
 fn the_more_urgent_class_is_admitted_first_and_within_it_who_asked_first() {
     let limits = Limits { running_max: 1, parked_max: 0, ..tiny() };
@@ -264,6 +387,49 @@ fn the_time_to_come_back_grows_with_each_refusal_and_follows_the_drain() {
         }
     }
     assert_eq!(retries, [5, 10, 15]);
+}
+
+#[test]
+fn the_gate_refuses_as_the_engine_would_and_its_refusals_count_as_the_engines() {
+    let limits = Limits { running_max: 1, parked_max: 0, queued_requests_max: 2, ..tiny() };
+    let mut bench = Bench::new(&limits, 4);
+    let want = Want { max_tokens: 5, ..Want::default() };
+    for _ in 0..12 {
+        bench.accepted(&want);
+        while bench.stats().queued == [0, 0, 2, 0] {
+            assert!(bench.engine.gate().is_some(), "two may wait");
+            bench.step(A);
+        }
+        assert_eq!(bench.fronts[0].gate.refuse(want.class), None, "one more may come");
+    }
+    bench.accepted(&want);
+    let before = bench.stats().counters;
+    let told = [(); 3].map(|()| bench.fronts[0].gate.refuse(want.class));
+    assert_eq!(told, [5, 10, 15].map(|ms| Some((RejectReason::QueueFull, Some(ms)))));
+    bench.settle();
+    let stream = bench.ask(&want);
+    bench.settle();
+    assert_eq!(bench.told(stream), [Told::Reject(RejectReason::QueueFull, Some(20))]);
+    let told = bench.fronts[0].gate.refuse(want.class);
+    assert_eq!(told, Some((RejectReason::QueueFull, Some(25))), "one line for all");
+    bench.settle();
+    let (after, full) = (bench.stats().counters, RejectReason::QueueFull as usize);
+    assert_eq!(after.rejected[full] - before.rejected[full], 5);
+    assert_eq!((after.asks - before.asks, after.gate_refusals - before.gate_refusals), (5, 4));
+}
+
+#[test]
+fn a_server_that_drains_or_has_lost_its_device_says_so_at_the_gate() {
+    let mut bench = Bench::new(&tiny(), 8);
+    bench.accepted(&Want::default());
+    let step = bench.take_step().unwrap();
+    bench.fail(step, StepFailure::DeviceLost);
+    let told = bench.fronts[0].gate.refuse(Class::System);
+    assert_eq!(told, Some((RejectReason::NoCapacity, None)));
+    bench.engine.begin_drain(bench.now, bench.now.plus_ms(10));
+    bench.settle();
+    let told = bench.fronts[0].gate.refuse(Class::Bulk);
+    assert_eq!(told, Some((RejectReason::ShuttingDown, None)));
 }
 
 #[test]

@@ -46,7 +46,7 @@ fn the_load_follows_littles_law() {
     let mut load = LoadEstimator::new(2 * SECOND);
     for n in 0..400 {
         let now = Instant::from_ns(n * SECOND / 20);
-        load.arrived(now);
+        load.arrived(1, now);
         load.served(1, SECOND / 40);
         load.left(SECOND / 2);
     }

@@ -98,7 +98,7 @@ fn estimators_allocate_nothing_after_construction() {
     let mut model = StepTimeModel::new(cost);
     assert_allocates_nothing("estimators", || {
         for n in 0..1_000 {
-            load.arrived(Instant::from_ns(n * 1_000_000));
+            load.arrived(1, Instant::from_ns(n * 1_000_000));
             load.served(1, 900_000);
             load.left(5_000_000);
             forecast.observe(n % 20, n as u32);

@@ -130,6 +130,9 @@ pub struct Settings {
     /// Memory of the KV pool, as 1GiB [default: a quarter of the free memory, at most 2GiB].
     #[arg(long, value_name = "BYTES")]
     pub kv_pool: Option<String>,
+    /// On what the model runs: auto, cpu, cuda [default: auto].
+    #[arg(long, value_name = "KIND")]
+    pub backend: Option<String>,
     /// Compute workers [default: one a CPU].
     #[arg(long, short, value_name = "N")]
     pub threads: Option<String>,
@@ -339,8 +342,8 @@ fn positive(text: &str) -> Result<f64, String> {
 impl Settings {
     /// Whether no setting was given on the command line (a configuration file may be).
     pub fn is_empty(&self) -> bool {
-        let Settings { config: _, set, model, listen, kv_pool, threads, isa, io } = self;
-        let named = [model, listen, kv_pool, threads, isa, io];
+        let Settings { config: _, set, model, listen, kv_pool, backend, threads, isa, io } = self;
+        let named = [model, listen, kv_pool, backend, threads, isa, io];
         set.is_empty() && named.iter().all(|value| value.is_none())
     }
 }

@@ -3,6 +3,7 @@
 //! Core: none; each subcommand starts the cores it needs.
 
 mod args;
+mod backend;
 mod bench;
 mod chat;
 mod models;

@@ -70,6 +70,7 @@ fn as_json(limits: &Limits, envelope: &Envelope) -> String {
         .collect();
     let plan = json!({
         "context_tokens": limits.context_max,
+        "device_bytes": envelope.device_bytes(),
         "process_bytes": envelope.process_bytes(),
         "kernel_bytes": envelope.kernel_bytes(),
         "bounds": bounds,
@@ -129,6 +130,8 @@ pub(super) fn envelope(
         kv_block_bytes: backend.kv_block_bytes,
         weight_bytes: backend.weight_bytes,
         workspace_bytes: backend.workspace_bytes,
+        on_device: backend.on_device,
+        host_bytes: backend.host_bytes,
         sequence_bytes: SEQUENCE_BYTES as u64,
         stream_bytes: STREAM_BYTES as u64,
         connection_bytes: CONNECTION_BYTES as u64,

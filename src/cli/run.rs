@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::Failure;
 use super::args;
+use super::backend::{BackendSizes, Choice};
 use super::pull::{self, Progress};
 use crate::config::Config;
-use crate::device::cpu::{self, CpuBackend, CpuOptions};
+use crate::device::Backend;
 use crate::message::{BLOCK_POSITIONS, PlanRow, SeqKey, SlotSetup, Step};
 use crate::model::{ChatTemplate, Gguf, Message, ModelConfig, Tokenizer, Utf8Assembler};
 use crate::request::{SamplingParams, TokenId};
@@ -64,7 +65,7 @@ fn prompt_text(prompt: &str) -> Result<String, Failure> {
 
 /// One sequence, alone on a backend.
 struct Generation {
-    backend: CpuBackend,
+    backend: Box<dyn Backend>,
     tokenizer: Tokenizer,
     step: Option<Box<Step>>,
     sampling: Arc<SamplingParams>,
@@ -232,27 +233,26 @@ fn conversation(
     Ok(tokenizer.encode_prompt(prompt))
 }
 
+/// The backend for one sequence: with a pool of just its size.
 fn load(
     config: &Config,
     gguf: &Gguf,
     shape: &ModelConfig,
     tokens_max: usize,
     chunk_tokens_max: usize,
-) -> Result<CpuBackend, Failure> {
-    let workers = super::plan::core_map(config, &crate::runtime::probe()).workers;
-    let options = CpuOptions {
-        cpus: workers,
+) -> Result<Box<dyn Backend>, Failure> {
+    let sizes = BackendSizes {
         kv_blocks: tokens_max.div_ceil(BLOCK_POSITIONS) as u32,
         rows_max: 1,
         step_tokens_max: chunk_tokens_max.min(tokens_max),
         context_max: tokens_max.min(shape.context),
-        sampled_rows_max: 1,
-        isa: super::server::chosen_isa(config.compute.isa),
+        workers: super::plan::core_map(config, &crate::runtime::probe()).workers,
     };
-    // Nobody waits for a bell here: `CpuBackend::run` polls.
-    CpuBackend::load(gguf, &options, Box::new(|| ())).map_err(|error| match error {
-        cpu::LoadError::Model(error) => Failure::Model(error.to_string()),
-        cpu::LoadError::Options(_) => Failure::Usage(error.to_string()),
-        cpu::LoadError::System { .. } => Failure::Runtime(error.to_string()),
-    })
+    let choice = Choice::new(config)?;
+    if let Some(doubt) = choice.doubt() {
+        tracing::warn!("{doubt}");
+    }
+    // `Backend::run` polls; it need not wait for its next look when the step is done before.
+    let thread = std::thread::current();
+    Ok(choice.load(config, gguf, &sizes, Box::new(move || thread.unpark()))?)
 }

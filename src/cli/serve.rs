@@ -20,6 +20,7 @@ impl From<ServerError> for Failure {
         match error {
             ServerError::Model(text) => Failure::Model(text),
             ServerError::Settings(text) => Failure::Usage(text),
+            ServerError::Device(text) => Failure::Runtime(text),
             ServerError::Machine { .. } => Failure::Runtime(error.to_string()),
         }
     }
@@ -32,7 +33,7 @@ const DESCRIPTORS_BESIDES: u64 = 64;
 pub(super) fn serve(settings: &Settings) -> Result<(), Failure> {
     let config = super::settings::load(settings)?.config;
     let started = Instant::now();
-    recorder::dump_on_panic();
+    recorder::enable(config.runtime.recorder_file.clone());
     let signals = Signals::install()
         .map_err(|error| Failure::Runtime(format!("cannot watch for signals: {error}")))?;
     let probe = probe();
@@ -69,6 +70,9 @@ fn report(
     text.push_str(&format!("\n{}\n\n{}\n\n", sizing.map, server.envelope()));
     text.push_str(&format!("model        {} ({})\n", config.model, path.display()));
     text.push_str(&format!("backend      {} ({})\n", backend.name, backend.path));
+    for note in server.backend_notes() {
+        text.push_str(&format!("             {note}\n"));
+    }
     text.push_str(&format!("context      {} tokens\n", sizing.limits.context_max));
     text.push_str(&format!("native       {}", server.address()));
     if let Some(notice) = plan::context_notice(&config.limits, &sizing.limits, sizing.lowered) {
@@ -104,7 +108,7 @@ fn watch(mut signals: Signals, life: Arc<Lifecycle>, config: &Config) -> Result<
             let _ = rustix::event::poll(&mut waited, None);
             while let Some(wish) = signals.take() {
                 match wish {
-                    Wish::Dump => eprint!("{}", recorder::dump_all()),
+                    Wish::Dump => recorder::dump("SIGUSR1", usize::MAX),
                     Wish::Drain => {
                         tracing::info!(delay_ms, timeout_ms, "draining; a second signal ends now");
                         drain_after(&life, delay_ms, timeout_ms);

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::backend::{BackendSizes, Choice};
 use super::plan;
 use crate::base::{Instant, TokenTable};
-use crate::config::{self, Config, Kv};
-use crate::device::cpu::{self, CpuBackend, CpuOptions};
+use crate::config::Config;
 use crate::device::{self, Backend, BackendDescription, DeviceCore};
 use crate::engine::stats::StatsBoard;
 use crate::engine::{self, EngineConfig, EngineCore};
@@ -21,13 +21,19 @@ use crate::limits::{Envelope, Limits, Lowered};
 use crate::model::{ChatTemplate, Gguf, GgufError, ModelConfig, Tokenizer};
 use crate::ports::{DeviceEnds, FrontEnds, connect_device, connect_front};
 use crate::ring::Doorbell;
-use crate::runtime::stall::StallWatch;
+use crate::runtime::recorder;
+use crate::runtime::stall::{Stall, StallWatch};
 use crate::runtime::topology::{CoreMap, Role};
 use crate::runtime::{ExecutorHandle, Flavour, Lifecycle, Local, Probe, probe, start_executor};
 
 /// An executor that does not come round for this long is reported. Work on it is sliced to about
 /// a millisecond; a loaded machine may take it off its CPU for some more.
 const STALL: Duration = Duration::from_millis(500);
+
+/// A machine that is overloaded stalls again and again: the flight recorders are dumped for one
+/// stall in this time, and only so many of their last events.
+const STALL_DUMPS_APART: Duration = Duration::from_secs(60);
+const STALL_EVENTS: usize = 500;
 
 /// Why a server cannot start, or ended on its own.
 #[derive(Debug, Error)]
@@ -38,6 +44,9 @@ pub enum ServerError {
     /// Settings that do not fit the model or each other.
     #[error("{0}")]
     Settings(String),
+    /// The device that computes cannot be had, or refuses something.
+    #[error("{0}")]
+    Device(String),
     /// The machine refuses something.
     #[error("{what}: {error}")]
     Machine {
@@ -115,17 +124,31 @@ impl Sizing {
     ///
     /// # Errors
     /// When the KV pool is too small for a single block of the model.
-    pub fn new(config: &Config, model: &ModelConfig, probe: &Probe) -> Result<Sizing, ServerError> {
-        let free = probe.memory.available_bytes;
-        let pool_bytes = config.kv.pool_bytes.unwrap_or_else(|| Kv::automatic_bytes(free));
-        let kv_blocks = pool_bytes / cpu::kv_block_bytes(model);
-        let kv_blocks = u32::try_from(kv_blocks).unwrap_or(u32::MAX);
+    pub(super) fn new(
+        config: &Config,
+        gguf: &Gguf,
+        model: &ModelConfig,
+        choice: &Choice,
+        probe: &Probe,
+    ) -> Result<Sizing, ServerError> {
+        let kv_blocks = choice.kv_blocks(config, gguf, model, probe)?;
         let fitted = config
             .limits
             .fitted(model.context as u64, kv_blocks.into())
             .map_err(|error| ServerError::Settings(error.to_string()))?;
         let map = plan::core_map(config, probe);
         Ok(Sizing { limits: fitted.limits, lowered: fitted.lowered, kv_blocks, map })
+    }
+
+    /// What a backend is built with, with a pool of `kv_blocks` blocks.
+    fn backend(&self, kv_blocks: u32) -> BackendSizes {
+        BackendSizes {
+            kv_blocks,
+            rows_max: self.limits.running_max as usize,
+            step_tokens_max: self.limits.step_tokens_max as usize,
+            context_max: self.limits.context_max as usize,
+            workers: self.map.workers.clone(),
+        }
     }
 }
 
@@ -141,9 +164,10 @@ pub(super) struct Planned {
 pub(super) fn plan(config: &Config, path: &Path, probe: &Probe) -> Result<Planned, ServerError> {
     let gguf = Gguf::open(path)?;
     let model = LoadedModel::new("", &gguf)?;
-    let sizing = Sizing::new(config, &model.config, probe)?;
-    let backend = load_backend(config, &gguf, &sizing, 1, &Doorbell::new())?;
-    let envelope = plan::envelope(&sizing, &model, backend.description(), path);
+    let choice = Choice::new(config)?;
+    let sizing = Sizing::new(config, &gguf, &model.config, &choice, probe)?;
+    let description = choice.describe(config, &gguf, &sizing.backend(1))?;
+    let envelope = plan::envelope(&sizing, &model, &description, path);
     let Sizing { limits, lowered, map, .. } = sizing;
     Ok(Planned { limits, lowered, map, envelope })
 }
@@ -152,6 +176,7 @@ pub(super) fn plan(config: &Config, path: &Path, probe: &Probe) -> Result<Planne
 pub struct Server {
     address: SocketAddr,
     description: BackendDescription,
+    notes: Vec<String>,
     sizing: Sizing,
     envelope: Envelope,
     life: Arc<Lifecycle>,
@@ -187,14 +212,18 @@ impl Server {
     ) -> Result<Server, ServerError> {
         let gguf = Gguf::open(path)?;
         let model = LoadedModel::new(name, &gguf)?;
-        let sizing = Sizing::new(config, &model.config, probe)?;
+        let choice = Choice::new(config)?;
+        let notes = choice.notes();
+        let sizing = Sizing::new(config, &gguf, &model.config, &choice, probe)?;
         let device_bell = Doorbell::new();
-        let backend = load_backend(config, &gguf, &sizing, sizing.kv_blocks, &device_bell)?;
+        let bell = Arc::clone(&device_bell);
+        let sizes = sizing.backend(sizing.kv_blocks);
+        let backend = choice.load(config, &gguf, &sizes, Box::new(move || bell.ring()))?;
         // The weights are in memory of their own now: the file's pages may go.
         drop(gguf);
         let description = backend.description().clone();
         let envelope = plan::envelope(&sizing, &model, &description, path);
-        let (parts, life) = Parts::new(&sizing, model, Box::new(backend), device_bell)?;
+        let (parts, life) = Parts::new(&sizing, model, backend, device_bell)?;
         let (listening, listened) = mpsc::sync_channel(1);
         let door = Door { flavour, listen: config.server.listen, listening };
         let executors = start_executors(&sizing.map, parts, door, &life)?;
@@ -202,13 +231,11 @@ impl Server {
             return Err(failed_to_listen(config.server.listen, executors, &life));
         };
         let pulses = executors.iter().map(ExecutorHandle::pulse).collect();
-        let watch = StallWatch::start(pulses, STALL, |stall| {
-            let (executor, task, ms) = (stall.executor, stall.task, stall.lasted_ns / 1_000_000);
-            tracing::warn!("executor {executor} is held by task {task} for {ms} ms");
-        });
+        let watch = StallWatch::start(pulses, STALL, report_stalls());
         Ok(Server {
             address,
             description,
+            notes,
             sizing,
             envelope,
             life,
@@ -226,6 +253,11 @@ impl Server {
     /// What runs the steps.
     pub fn backend(&self) -> &BackendDescription {
         &self.description
+    }
+
+    /// Why it is that backend, and what is to be known about it.
+    pub fn backend_notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// The bounds and the cores in force.
@@ -262,6 +294,20 @@ impl Server {
     }
 }
 
+/// Says who holds an executor, and now and then what happened before.
+fn report_stalls() -> impl FnMut(&Stall) + Send {
+    let mut quiet_until = Instant::ZERO;
+    move |stall| {
+        let (executor, task, ms) = (stall.executor, stall.task, stall.lasted_ns / 1_000_000);
+        tracing::warn!("executor {executor} is held by task {task} for {ms} ms");
+        let now = crate::runtime::now();
+        if now >= quiet_until {
+            quiet_until = now.plus_ns(STALL_DUMPS_APART.as_nanos() as u64);
+            recorder::dump("a stall", STALL_EVENTS);
+        }
+    }
+}
+
 /// Waits for all; the first failure counts.
 fn join_all(executors: Vec<ExecutorHandle<io::Result<()>>>) -> io::Result<()> {
     let ends: Vec<_> =
@@ -278,43 +324,6 @@ fn failed_to_listen(
     life.drain(crate::runtime::now());
     let error = join_all(executors).err().unwrap_or_else(|| io::Error::other("ended at once"));
     ServerError::Machine { what: format!("listening on {listen}"), error }
-}
-
-fn load_backend(
-    config: &Config,
-    gguf: &Gguf,
-    sizing: &Sizing,
-    kv_blocks: u32,
-    device_bell: &Arc<Doorbell>,
-) -> Result<CpuBackend, ServerError> {
-    let limits = &sizing.limits;
-    let options = CpuOptions {
-        cpus: sizing.map.workers.clone(),
-        kv_blocks,
-        rows_max: limits.running_max as usize,
-        step_tokens_max: limits.step_tokens_max as usize,
-        context_max: limits.context_max as usize,
-        sampled_rows_max: limits.running_max as usize,
-        isa: chosen_isa(config.compute.isa),
-    };
-    let bell = Arc::clone(device_bell);
-    CpuBackend::load(gguf, &options, Box::new(move || bell.ring())).map_err(|error| match error {
-        cpu::LoadError::Model(error) => error.into(),
-        cpu::LoadError::Options(problem) => ServerError::Settings(problem),
-        cpu::LoadError::System { what, error } => {
-            ServerError::Machine { what: what.to_owned(), error }
-        }
-    })
-}
-
-/// The backend's name for a configured path; `None` takes the best.
-pub(super) fn chosen_isa(isa: config::Isa) -> Option<cpu::Isa> {
-    match isa {
-        config::Isa::Auto => None,
-        config::Isa::Avx512 => Some(cpu::Isa::Avx512),
-        config::Isa::Avx2 => Some(cpu::Isa::Avx2),
-        config::Isa::Portable => Some(cpu::Isa::Portable),
-    }
 }
 
 /// The cores before they are on their executors. Whichever executor has a role takes its part.
@@ -368,6 +377,7 @@ impl Parts {
         let tokens = Arc::clone(&model.tokens);
         let core = EngineCore::new(engine_config, tokens, vec![front_port], device_port)
             .map_err(|error| ServerError::Settings(error.to_string()))?;
+        recorder::register(&core.recorder());
         let board = Arc::new(StatsBoard::default());
         let mut settings = FrontSettings::new(limits.clone(), &model.name, vocab);
         let shown = Arc::clone(&board);
@@ -434,6 +444,7 @@ async fn run_parts(
     let is_device_alone = parts.engine.is_none() && parts.front.is_none();
     if let Some(DevicePart { backend, ends, bell }) = parts.device {
         let core = DeviceCore::new(backend, ends.steps, ends.results, ends.engine_bell);
+        recorder::register(&core.recorder());
         let device = device::task::run(core, bell, local.clone());
         if is_device_alone {
             device.await;
@@ -475,5 +486,6 @@ async fn run_front(
     // The starter waits for this; if it has gone it does not mind.
     let _ = door.listening.send(address);
     let core = FrontCore::new(part.settings, Box::new(part.tokenise), part.ends);
+    recorder::register(&core.recorder());
     front::task::run(core, net, part.bell, Arc::clone(life), local).await
 }

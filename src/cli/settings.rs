@@ -41,6 +41,7 @@ fn flags(settings: &Settings) -> Result<Vec<Flag>, Failure> {
         ("--listen", "server.listen", &settings.listen),
         ("--model", "model.name", &settings.model),
         ("--kv-pool", "kv.pool_bytes", &settings.kv_pool),
+        ("--backend", "compute.backend", &settings.backend),
         ("--threads", "compute.threads", &settings.threads),
         ("--isa", "compute.isa", &settings.isa),
         ("--io", "runtime.io", &settings.io),

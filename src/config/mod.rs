@@ -15,6 +15,7 @@ mod suggest;
 mod value;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 pub use load::{Flag, Loaded, TomlFile, describe_settings, load};
 pub use model_name::{DEFAULT_MODEL, HubFile, KNOWN_MODELS, KnownModel, ModelName, ModelNameError};
@@ -33,8 +34,10 @@ pub struct Config {
     pub limits: Limits,
     /// The KV pool.
     pub kv: Kv,
-    /// The compute workers.
+    /// What computes.
     pub compute: Compute,
+    /// The CUDA backend.
+    pub cuda: Cuda,
     /// How the server ends.
     pub drain: Drain,
     /// The executors.
@@ -66,13 +69,46 @@ impl Kv {
     }
 }
 
-/// The compute workers.
+/// What computes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Compute {
+    /// On what the model runs.
+    pub backend: Backend,
     /// How many; `None`: one a CPU that this process may use.
     pub threads: Option<usize>,
     /// Which instructions.
     pub isa: Isa,
+}
+
+/// On what the model runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// The GPU where there is one that this program can use, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU, or a refusal to start.
+    Cuda,
+}
+
+/// The CUDA backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cuda {
+    /// Which device, as the driver counts them.
+    pub device: u32,
+    /// How much of the device's free memory is taken when [`Kv::pool_bytes`] does not say.
+    pub memory_percent: u32,
+    /// Whether decode steps are recorded once and started as one.
+    pub graphs: Graphs,
+}
+
+/// Whether decode steps are recorded once and started as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Graphs {
+    /// They are.
+    On,
+    /// Every kernel is launched by itself: slower; for finding a fault.
+    Off,
 }
 
 /// Instruction-set path of the CPU backend.
@@ -102,6 +138,8 @@ pub struct Drain {
 pub struct Runtime {
     /// How sockets are driven.
     pub io: Io,
+    /// Where the flight recorders are dumped; `None`: to standard error.
+    pub recorder_file: Option<PathBuf>,
 }
 
 /// How sockets are driven.
@@ -122,9 +160,10 @@ impl Default for Config {
             model: ModelName::default_model(),
             limits: Limits::default(),
             kv: Kv { pool_bytes: None },
-            compute: Compute { threads: None, isa: Isa::Auto },
+            compute: Compute { backend: Backend::Auto, threads: None, isa: Isa::Auto },
+            cuda: Cuda { device: 0, memory_percent: 90, graphs: Graphs::On },
             drain: Drain { delay_ms: 0, timeout_ms: 60_000 },
-            runtime: Runtime { io: Io::Auto },
+            runtime: Runtime { io: Io::Auto, recorder_file: None },
         }
     }
 }

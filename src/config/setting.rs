@@ -1,7 +1,7 @@
 //! The table of all settings: the only place that knows a setting's name.
 
 use super::value::{Allowed, Unit, Value};
-use super::{Config, Io, Isa};
+use super::{Backend, Config, Graphs, Io, Isa};
 
 /// A setting.
 pub(super) struct Setting {
@@ -90,13 +90,16 @@ pub(super) const SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "kv.pool_bytes",
-        about: "memory of the KV pool; auto: a quarter of the free memory, at most 2GiB",
+        about: "size of the KV pool; auto: a quarter of what is free, at most 2GiB; most of a GPU",
         allowed: Allowed::NumberOrAuto { unit: Unit::Bytes, min: 1 << 20, max: 1 << 42 },
         set: |config, value| {
             config.kv.pool_bytes = if let Value::Number(bytes) = value { Some(bytes) } else { None }
         },
         get: |config| config.kv.pool_bytes.map_or(Value::Auto, Value::Number),
     },
+    choice!("compute.backend", compute.backend,
+        ["auto" => Backend::Auto, "cpu" => Backend::Cpu, "cuda" => Backend::Cuda],
+        "on what the model runs; auto: a GPU where one can be used, else the CPU"),
     Setting {
         key: "compute.threads",
         about: "compute workers; auto: one a CPU",
@@ -111,9 +114,31 @@ pub(super) const SETTINGS: &[Setting] = &[
         ["auto" => Isa::Auto, "avx512" => Isa::Avx512, "avx2" => Isa::Avx2,
          "portable" => Isa::Portable],
         "instruction-set path of the CPU backend"),
+    number!("cuda.device", cuda.device, 0, 255, Count, "which GPU, as the driver counts them"),
+    number!(
+        "cuda.memory_percent",
+        cuda.memory_percent,
+        1,
+        100,
+        Count,
+        "how much of the GPU's free memory may be taken"
+    ),
+    choice!("cuda.graphs", cuda.graphs, ["on" => Graphs::On, "off" => Graphs::Off],
+        "whether decode steps are recorded once and started as one; off is slower"),
     choice!("runtime.io", runtime.io,
         ["auto" => Io::Auto, "io_uring" => Io::IoUring, "epoll" => Io::Epoll],
         "how sockets are driven"),
+    Setting {
+        key: "runtime.recorder_file",
+        about: "where the flight recorders go on a panic, a stall or SIGUSR1: stderr or a path",
+        allowed: Allowed::Output,
+        set: |config, value| {
+            if let Value::Output(file) = value {
+                config.runtime.recorder_file = file;
+            }
+        },
+        get: |config| Value::Output(config.runtime.recorder_file.clone()),
+    },
     number!(
         "drain.delay_ms",
         drain.delay_ms,
@@ -129,6 +154,14 @@ pub(super) const SETTINGS: &[Setting] = &[
         DAY_MS,
         Millis,
         "then, sequences may finish for this long before they are cancelled"
+    ),
+    number!(
+        "scheduler.step_target_ms",
+        limits.step_target_ms,
+        1,
+        DAY_MS,
+        Millis,
+        "a step in which somebody decodes takes no more prefill than ends by then, as predicted"
     ),
     number!(
         "stream.window_tokens_max",

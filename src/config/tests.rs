@@ -49,7 +49,7 @@ fn every_kind_of_value_is_read_from_a_file() {
          [compute]\nthreads = 3\nisa = \"avx2\"\n\
          [drain]\ndelay_ms = 5\ntimeout_ms = \"2m\"\n\
          [stream]\nwindow_tokens_max = 0x10\nstall_timeout_ms = \"30s\"\n\
-         [runtime]\nio = \"epoll\"\n\
+         [runtime]\nio = \"epoll\"\nrecorder_file = \"/tmp/x\"\n\
          [limits]\nqueued_bytes_max = 1_500_000\n",
     )
     .unwrap()
@@ -57,11 +57,15 @@ fn every_kind_of_value_is_read_from_a_file() {
     assert_eq!(config.server.listen, "[::1]:0".parse().unwrap());
     assert_eq!(config.model, ModelName::Path("/m/x.gguf".into()));
     assert_eq!(config.kv.pool_bytes, Some(1 << 30));
-    assert_eq!(config.compute, Compute { threads: Some(3), isa: Isa::Avx2 });
+    assert_eq!(
+        config.compute,
+        Compute { backend: Backend::Auto, threads: Some(3), isa: Isa::Avx2 }
+    );
     assert_eq!(config.drain, Drain { delay_ms: 5, timeout_ms: 120_000 });
     assert_eq!(config.limits.stream_window_tokens_max, 16);
     assert_eq!(config.limits.stall_timeout_ms, 30_000);
     assert_eq!(config.runtime.io, Io::Epoll);
+    assert_eq!(config.runtime.recorder_file, Some("/tmp/x".into()));
     assert_eq!(config.limits.queued_bytes_max, 1_500_000);
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use super::ModelName;
 
@@ -18,6 +19,8 @@ pub(super) enum Value {
     Address(SocketAddr),
     /// A model's name.
     Model(ModelName),
+    /// A file to write to; `None` is standard error.
+    Output(Option<PathBuf>),
 }
 
 /// What a number counts: decides which suffixes it may have.
@@ -44,7 +47,12 @@ pub(super) enum Allowed {
     LoopbackAddress,
     /// A model's name.
     Model,
+    /// `stderr`, or a file's path.
+    Output,
 }
+
+/// The word for standard error.
+const STDERR: &str = "stderr";
 
 impl Unit {
     /// Suffixes and what they multiply by; the longest of those that fit counts.
@@ -112,6 +120,8 @@ impl Allowed {
                 let address: SocketAddr = text.parse().map_err(|_| wrong())?;
                 if address.ip().is_loopback() { Ok(Value::Address(address)) } else { Err(wrong()) }
             }
+            Allowed::Output if text.is_empty() => Err(wrong()),
+            Allowed::Output => Ok(Value::Output((text != STDERR).then(|| text.into()))),
             Allowed::Model => {
                 text.parse().map(Value::Model).map_err(|e| format!("is not a model: {e}"))
             }
@@ -139,6 +149,8 @@ impl Allowed {
             (_, Value::Choice(index)) => index.to_string(),
             (_, Value::Address(address)) => format!("{:?}", address.to_string()),
             (_, Value::Model(model)) => format!("{:?}", model.to_string()),
+            (_, Value::Output(None)) => format!("{STDERR:?}"),
+            (_, Value::Output(Some(path))) => format!("{:?}", path.display().to_string()),
         }
     }
 }
@@ -166,6 +178,7 @@ impl fmt::Display for Allowed {
                  through a tunnel, such as ssh -L",
             ),
             Allowed::Model => f.write_str("must be a model's name"),
+            Allowed::Output => write!(f, "must be {STDERR} or a file's path"),
         }
     }
 }

@@ -4,7 +4,10 @@
 //! ([`crate::message::Step`]), never one operation: a backend is free to fuse and order as it
 //! likes.
 
+mod contract;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod pump;
 pub mod task;
 
@@ -29,6 +32,10 @@ pub struct BackendDescription {
     pub workspace_bytes: u64,
     /// Steps that may be in flight.
     pub depth: usize,
+    /// Whether weights, pool and workspace are in memory of a device of its own.
+    pub on_device: bool,
+    /// What a backend with a device takes of the process's memory.
+    pub host_bytes: u64,
 }
 
 /// Something that runs steps. Calls come from the device core's task alone; none blocks.
@@ -42,4 +49,17 @@ pub trait Backend {
 
     /// The next finished step, in submission order.
     fn poll(&mut self) -> Option<Box<Step>>;
+
+    /// Runs a step and waits for it: for tests, benchmarks and single generations. Whoever wants
+    /// no delay has the backend unpark the calling thread on completion.
+    fn run(&mut self, step: Box<Step>) -> Box<Step> {
+        self.submit(step);
+        loop {
+            if let Some(step) = self.poll() {
+                return step;
+            }
+            // The backend's threads are busy with the step; this one has nothing else to do.
+            std::thread::park_timeout(std::time::Duration::from_micros(50));
+        }
+    }
 }

@@ -9,7 +9,7 @@ use crate::runtime::Local;
 /// Runs until the engine is gone.
 pub async fn run(mut core: DeviceCore, bell: Arc<Doorbell>, local: Local) {
     while !core.is_finished() {
-        if core.tick() {
+        if core.tick(local.now()) {
             local.yield_now().await;
         } else {
             bell.rung().await;

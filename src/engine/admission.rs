@@ -6,6 +6,7 @@ use crate::request::{RejectReason, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 
 use super::EngineCore;
 use super::ledger::Shortage;
+use super::record::Flight;
 use super::sequence::State;
 
 /// Requests read from one front core in one tick. A submission costs a few microseconds (its
@@ -16,7 +17,7 @@ impl EngineCore {
     /// Reads requests, a bounded number from each front core in turn. A front core whose answers
     /// pile up is not read from until it has returned a batch: it waits only for itself (I3).
     pub(super) fn handle_requests(&mut self, now: Instant) -> bool {
-        let mut busy = false;
+        let mut busy = self.count_refusals(now);
         let count = self.fronts.len();
         for turn in 0..count {
             let front = (self.front_first + turn) % count;
@@ -40,9 +41,13 @@ impl EngineCore {
 
     fn handle_ask(&mut self, front: usize, ask: &Ask, now: Instant) {
         self.counters.asks += 1;
-        self.load.arrived(now);
+        self.load.arrived(1, now);
+        let (stream, class) = (ask.stream.recorded(), ask.class as u64);
+        self.note(now, Flight::Ask, [stream, class, ask.input_tokens.into()]);
         if let Err((reason, retry_after_ms)) = self.grant(front, ask, now) {
             self.counters.rejected[reason as usize] += 1;
+            let retry_ms = u64::from(retry_after_ms.unwrap_or(0));
+            self.note(now, Flight::Refuse, [stream, reason as u64, retry_ms]);
             self.fronts[front].answer(ask.stream, reason, retry_after_ms);
         }
     }
@@ -92,6 +97,8 @@ impl EngineCore {
         sequence.times.queue_until = now.plus_ms(self.limits.queue_ttl_ms);
         sequence.egress.grant_due = true;
         self.arrivals += 1;
+        let seq = self.sequences.key(index).recorded();
+        self.note(now, Flight::Grant, [ask.stream.recorded(), seq, 0]);
         self.watch(index);
         self.tell(index);
         Ok(())
@@ -128,6 +135,8 @@ impl EngineCore {
         let position = self.queue.push(&mut self.sequences, index);
         self.sequences[index].egress.accepted_due = Some(position);
         self.counters.accepted += 1;
+        let seq = submission.seq.recorded();
+        self.note(now, Flight::Accept, [seq, prompt_tokens.into(), position.into()]);
         self.tell(index);
     }
 

@@ -5,6 +5,7 @@ use crate::base::Instant;
 use crate::message::{ControlMessage, SeqKey};
 use crate::request::{FinishReason, RejectReason};
 
+use super::record::Flight;
 use super::sequence::State;
 use super::{Drain, EngineCore};
 
@@ -58,6 +59,7 @@ impl EngineCore {
             return false;
         }
         self.fronts[front].departed = true;
+        self.note(now, Flight::FrontGone, [front as u64, 0, 0]);
         for index in 0..self.sequences.capacity() as u32 {
             let sequence = &self.sequences[index];
             if usize::from(sequence.front) == front && sequence.is_live() {
@@ -123,6 +125,7 @@ impl EngineCore {
         if begun {
             return;
         }
+        self.note(now, Flight::Drain, [deadline.ns_since(now), 0, 0]);
         for index in 0..self.sequences.capacity() as u32 {
             if matches!(self.sequences[index].state, State::Granted | State::Queued) {
                 self.reject(index, RejectReason::ShuttingDown, None, now);

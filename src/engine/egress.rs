@@ -14,6 +14,7 @@ use crate::request::{RejectReason, SamplingParams};
 
 use super::EngineCore;
 use super::bounded;
+use super::record::Flight;
 use super::sequence::{Sequence, State, Terminal};
 
 /// A front core as the engine sees it.
@@ -28,6 +29,8 @@ pub(super) struct FrontLink {
     answers_max: usize,
     /// Sequences with something to tell, each once.
     pub listed: VecDeque<u32>,
+    /// There was something to tell and no batch for it; recorded when it begins.
+    is_held_up: bool,
     /// Nobody is there any more.
     pub departed: bool,
 }
@@ -48,6 +51,7 @@ impl FrontLink {
             answers: bounded(answers_max),
             answers_max,
             listed: bounded(limits.sequences_max() as usize),
+            is_held_up: false,
             departed: false,
         }
     }
@@ -115,7 +119,11 @@ impl EngineCore {
             self.forget_front(front);
             return true;
         }
-        let Some(mut batch) = self.fronts[front].idle.pop() else { return false };
+        let Some(mut batch) = self.fronts[front].idle.pop() else {
+            self.note_held_up(front, now);
+            return false;
+        };
+        self.fronts[front].is_held_up = false;
         while room(&batch.events) > 0
             && let Some(answer) = self.fronts[front].answers.pop_front()
         {
@@ -149,6 +157,15 @@ impl EngineCore {
             Err(refused) => link.idle.push(refused.into_item()),
         }
         true
+    }
+
+    /// The front core sits on all batches: what its streams are told waits.
+    fn note_held_up(&mut self, front: usize, now: Instant) {
+        let link = &mut self.fronts[front];
+        let waiting = (link.answers.len() + link.listed.len()) as u64;
+        if !std::mem::replace(&mut link.is_held_up, true) {
+            self.note(now, Flight::BatchesOut, [front as u64, waiting, 0]);
+        }
     }
 
     /// Nobody listens: what there is to tell is told to nobody.

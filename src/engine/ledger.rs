@@ -46,6 +46,17 @@ pub struct Ledger {
     bytes: u64,
     /// Requests and prompt tokens of each class.
     by_class: [(u32, u64); Class::ALL.len()],
+    /// A bound was reached, and no low watermark since.
+    is_closed: bool,
+}
+
+/// The gate opens again when the queue has room for one in so many of its bound: with room for
+/// one, whoever comes next would close it.
+const GATE_ROOM_DIVISOR: u64 = 16;
+
+/// Up to here the queue counts as having room again.
+fn low_watermark(bound: u64) -> u64 {
+    bound - (bound / GATE_ROOM_DIVISOR).max(1)
 }
 
 impl Ledger {
@@ -59,7 +70,25 @@ impl Ledger {
             tokens: 0,
             bytes: 0,
             by_class: Default::default(),
+            is_closed: false,
         }
+    }
+
+    /// What must leave before the gate opens; `None` while it is open. It closes when a bound is
+    /// reached, so that even the smallest request is refused, and opens when all that is held has
+    /// sunk to the low watermarks.
+    pub fn gate_shortage(&mut self) -> Option<Shortage> {
+        let (requests, requests_max) = (u64::from(self.requests), u64::from(self.requests_max));
+        let held = [
+            (requests, requests_max, Shortage::Requests as fn(u64) -> Shortage),
+            (self.tokens, self.tokens_max, Shortage::Tokens),
+            (self.bytes, self.bytes_max, Shortage::Bytes),
+        ];
+        self.is_closed |= held.iter().any(|&(held, bound, _)| held >= bound);
+        let above = held.iter().find(|&&(held, bound, _)| held > low_watermark(bound));
+        let shortage = above.map(|&(held, bound, of)| of(held - low_watermark(bound)));
+        self.is_closed &= shortage.is_some();
+        shortage.filter(|_| self.is_closed)
     }
 
     /// Grants a permit for a request, or says what is short.
@@ -157,7 +186,7 @@ pub struct DrainMeter {
 /// Told before anything has been measured.
 const RETRY_UNKNOWN_MS: u64 = 1_000;
 /// Longest wait that anybody is told: an estimate further out is worth nothing.
-const RETRY_MAX_MS: u64 = 60_000;
+const RETRY_MAX_MS: u64 = crate::flow::gate::RETRY_MAX_MS as u64;
 /// The newest observation's weight in an average is one in so many.
 const AVERAGE_OVER: u64 = 8;
 
@@ -207,29 +236,50 @@ impl DrainMeter {
         if self.interval_ns == 0 {
             return None;
         }
-        let running_ns = self.since.map_or(0, |since| now.ns_since(since));
-        let ns = self.interval_ns.max(running_ns).saturating_mul(departures);
-        Some(ns.div_ceil(1_000_000))
+        Some(self.apart_ns(now).saturating_mul(departures).div_ceil(1_000_000))
+    }
+
+    /// Time between two departures as believed now; 0 while nothing is known.
+    fn apart_ns(&self, now: Instant) -> u64 {
+        if self.interval_ns == 0 {
+            return 0;
+        }
+        self.interval_ns.max(self.since.map_or(0, |since| now.ns_since(since)))
     }
 
     /// When a client should come back who came `excess_ms` too early, and makes the line longer.
     pub fn retry_after_excess_ms(&mut self, now: Instant, excess_ms: u64) -> u32 {
         let line_ms = self.wait_ms(now, self.line).unwrap_or(0);
-        self.line = (self.line + 1).min(self.line_max);
+        self.lengthen_line(1);
         excess_ms.saturating_add(line_ms).clamp(1, RETRY_MAX_MS) as u32
     }
 
     /// When a refused client should come back, and makes the line longer by one.
     pub fn retry_after_ms(&mut self, now: Instant, shortage: Shortage) -> Option<u32> {
+        let (retry_ms, _) = self.outlook(now, shortage);
+        if retry_ms.is_some() {
+            self.lengthen_line(1);
+        }
+        retry_ms
+    }
+
+    /// So many more were refused.
+    pub fn lengthen_line(&mut self, refused: u64) {
+        self.line = self.line.saturating_add(refused).min(self.line_max);
+    }
+
+    /// When the next client to be refused should come back, and how much later, in microseconds,
+    /// each further one.
+    pub fn outlook(&self, now: Instant, shortage: Shortage) -> (Option<u32>, u32) {
         let departures = match shortage {
-            Shortage::Forever => return None,
+            Shortage::Forever => return (None, 0),
             Shortage::Requests(requests) => requests,
             Shortage::Tokens(tokens) => tokens.div_ceil(self.tokens.max(1)),
             Shortage::Bytes(bytes) => bytes.div_ceil(self.bytes.max(1)),
         };
         let wait_ms = self.wait_ms(now, departures.saturating_add(self.line));
-        self.line = (self.line + 1).min(self.line_max);
-        Some(wait_ms.unwrap_or(RETRY_UNKNOWN_MS).clamp(1, RETRY_MAX_MS) as u32)
+        let retry_ms = wait_ms.unwrap_or(RETRY_UNKNOWN_MS).clamp(1, RETRY_MAX_MS) as u32;
+        (Some(retry_ms), u32::try_from(self.apart_ns(now) / 1_000).unwrap_or(u32::MAX))
     }
 }
 
@@ -293,6 +343,24 @@ mod tests {
         assert_eq!(meter.retry_after_ms(now, Shortage::Tokens(250)), Some(100), "3 must leave");
         assert_eq!(meter.retry_after_ms(now, Shortage::Forever), None);
         assert_eq!(meter.wait_ms(at_ms(700), 2), Some(1000), "nobody has left for 500 ms");
+    }
+
+    #[test]
+    fn the_gate_closes_at_a_bound_and_opens_at_the_low_watermark() {
+        let limits = Limits { queued_requests_max: 32, ..Limits::tiny() };
+        let mut ledger = Ledger::new(&limits);
+        let mut permits: Vec<_> =
+            (0..31).map(|_| ledger.take(Class::Default, 1, 1).unwrap()).collect();
+        assert_eq!(ledger.gate_shortage(), None, "one more fits");
+        permits.push(ledger.take(Class::Default, 1, 1).unwrap());
+        assert_eq!(ledger.gate_shortage(), Some(Shortage::Requests(2)));
+        ledger.give(&mut permits.pop().unwrap());
+        assert_eq!(ledger.gate_shortage(), Some(Shortage::Requests(1)), "room for one is little");
+        ledger.give(&mut permits.pop().unwrap());
+        assert_eq!(ledger.gate_shortage(), None);
+        ledger.give(&mut permits.pop().unwrap());
+        permits.push(ledger.take(Class::Default, 1024 - 29, 1).unwrap());
+        assert_eq!(ledger.gate_shortage(), Some(Shortage::Tokens(64)), "a bound like any other");
     }
 
     #[test]

@@ -17,9 +17,12 @@
 //! | `admission.rs` | asks and submissions → grants, refusals, the queue |
 //! | `foresight.rs` | an ask → whether its first token would come in time |
 //! | `scheduler.rs` | sequences → a step |
+//! | `room.rs` | a step's target time → how much prefill it takes |
 //! | `reclaim.rs` | who may take blocks from whom |
 //! | `results.rs` | a finished step → output, ends |
 //! | `egress.rs` | what is to be told → event batches |
+//! | `record.rs` | what happens → the flight recorder |
+//! | `gate.rs` | what would be refused → the front cores' gates |
 //! | `check.rs` | everything → is it consistent? |
 
 mod admission;
@@ -28,11 +31,14 @@ mod check;
 mod control;
 mod egress;
 mod foresight;
+mod gate;
 pub mod ledger;
 pub mod plan;
 mod queue;
 mod reclaim;
+mod record;
 mod results;
+pub mod room;
 mod scheduler;
 mod sequence;
 pub mod stats;
@@ -44,7 +50,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::base::{Instant, TokenTable};
+use crate::base::{Instant, Pen, Recorder, TokenTable};
 use crate::flow::{LoadEstimator, StepCost, StepTimeModel};
 use crate::limits::Limits;
 use crate::message::{BLOCK_POSITIONS, SeqKey, Step, StreamKey};
@@ -58,6 +64,7 @@ use egress::FrontLink;
 use foresight::Typical;
 use ledger::{DrainMeter, Ledger};
 use queue::Queue;
+use record::Flight;
 use scheduler::Batch;
 use sequence::{SequenceTable, State, Terminal, blocks_for};
 use stats::{Counters, EngineStats};
@@ -179,11 +186,16 @@ pub struct EngineCore {
     pace: StepTimeModel,
     /// How long answers are.
     typical: Typical,
+    /// See [`EngineCore::learn`].
+    prefill_seen: u32,
     /// What comes in and what is served.
     load: LoadEstimator,
     /// The time of the last tick.
     ticked: Instant,
     drain: Drain,
+    /// Why the gates are closed, as last recorded.
+    gate_reason: Option<RejectReason>,
+    pen: Pen,
 }
 
 /// Believed until a few steps have been seen: a small model on a CPU.
@@ -254,9 +266,12 @@ impl EngineCore {
             blocked_until: Instant::NEVER,
             pace: StepTimeModel::new(PACE_PRIOR),
             typical: Typical::default(),
+            prefill_seen: limits.step_tokens_max,
             load: LoadEstimator::new(LOAD_HORIZON_NS),
             ticked: Instant::ZERO,
             drain: Drain::Off,
+            gate_reason: None,
+            pen: Recorder::start("engine", Flight::KINDS),
             limits,
             vocab,
             context,
@@ -278,6 +293,7 @@ impl EngineCore {
         busy |= self.handle_timeouts(now);
         busy |= self.plan_steps(now);
         busy |= self.flush_events(now);
+        self.show_gates(now);
         busy
     }
 
@@ -298,6 +314,11 @@ impl EngineCore {
     pub fn blocked_until(&self) -> Option<Instant> {
         let waits = self.blocked_until != Instant::NEVER && !self.device.idle.is_empty();
         waits.then_some(self.blocked_until)
+    }
+
+    /// Its flight recorder, to be read from anywhere.
+    pub fn recorder(&self) -> Arc<Recorder> {
+        self.pen.recorder()
     }
 
     /// Where things stand.
@@ -348,6 +369,11 @@ impl EngineCore {
         )
     }
 
+    /// What is believed of step times: the steps of this tick were cut to it.
+    pub fn pace(&self) -> &StepTimeModel {
+        &self.pace
+    }
+
     fn steps_in_flight(&self) -> usize {
         (self.device.submitted - self.blocks.completed()) as usize
     }
@@ -381,6 +407,8 @@ impl EngineCore {
         if self.sequences[index].is_admitted() {
             self.typical.observe(usage.prompt_tokens, usage.output_tokens);
         }
+        let seq = self.sequences.key(index).recorded();
+        self.note(now, Flight::Done, [seq, finish as u64, usage.output_tokens.into()]);
         self.end(index, Terminal::Done { finish, usage, timings }, now);
     }
 
@@ -394,6 +422,9 @@ impl EngineCore {
     ) {
         debug_assert!(!self.sequences[index].is_admitted(), "admitted is never evicted (I5)");
         self.counters.rejected[reason as usize] += 1;
+        let seq = self.sequences.key(index).recorded();
+        let retry_ms = u64::from(retry_after_ms.unwrap_or(0));
+        self.note(now, Flight::Evict, [seq, reason as u64, retry_ms]);
         self.end(index, Terminal::Reject { reason, retry_after_ms }, now);
     }
 

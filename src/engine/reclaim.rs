@@ -18,6 +18,7 @@ use crate::base::Instant;
 use crate::flow::StepLoad;
 
 use super::EngineCore;
+use super::record::Flight;
 use super::sequence::State;
 
 /// So often a running sequence may lose its KV. Then it enters the batch only with blocks for its
@@ -179,6 +180,9 @@ impl EngineCore {
         self.unseat(index);
         self.drop_kv(index);
         self.sequences[index].preemptions += 1;
+        let times = u64::from(self.sequences[index].preemptions);
+        let seq = self.sequences.key(index).recorded();
+        self.note(now, Flight::Preempt, [seq, times, 0]);
         if self.sequences[index].credit > 0 {
             self.wait(index, now);
         } else {

@@ -6,6 +6,7 @@ use crate::request::{FinishReason, RejectReason, TokenId};
 
 use super::EngineCore;
 use super::plan;
+use super::record::Flight;
 use super::sequence::State;
 use super::stats::Counters;
 
@@ -33,8 +34,10 @@ impl EngineCore {
         self.blocks.complete(step.plan.number);
         self.counters.steps_completed += 1;
         self.counters.device_ns += step.result.elapsed_ns;
+        let (rows, took_ns) = (step.plan.rows.len() as u64, step.result.elapsed_ns);
+        self.note(now, Flight::StepFinished, [step.plan.number, rows, took_ns]);
         if step.result.failure.is_none() {
-            self.pace.observe(plan::load(&step.plan), step.result.elapsed_ns);
+            self.learn(plan::load(&step.plan), step.result.elapsed_ns);
         }
         match step.result.failure {
             None if self.matches_its_plan(step) => self.handle_samples(step, now),
@@ -88,7 +91,12 @@ impl EngineCore {
     ) {
         let token = sample.token;
         let sequence = &mut self.sequences[index];
-        sequence.times.first_token.get_or_insert(now);
+        if sequence.times.first_token.is_none() {
+            sequence.times.first_token = Some(now);
+            let ttft_ns = now.ns_since(sequence.times.arrived);
+            self.note(now, Flight::FirstToken, [sample.seq.recorded(), ttft_ns, 0]);
+        }
+        let sequence = &mut self.sequences[index];
         if self.table.is_end(token) && !sequence.ignore_eos {
             self.finish(index, FinishReason::EndOfText, now);
             return;
@@ -141,6 +149,7 @@ impl EngineCore {
     /// go elsewhere, and nobody comes in any more.
     pub(super) fn lose_device(&mut self, now: Instant) {
         self.device.lost = true;
+        self.note(now, Flight::DeviceLost, [0; 3]);
         (self.blocked_until, self.expiry) = (Instant::NEVER, Instant::NEVER);
         for index in 0..self.sequences.capacity() as u32 {
             match self.sequences[index].state {

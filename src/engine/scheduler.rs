@@ -1,8 +1,9 @@
 //! The scheduler: which sequences run in the next step, and on whose blocks.
 //!
 //! A step takes the decode rows first (one token each: somebody is waiting for every one of
-//! them), then prefill chunks with what is left of the step's budget, oldest first. So a long
-//! prompt never holds up a decode, and a decode slows a prefill by one token.
+//! them), then prefill chunks with what is left of the step's tokens and, when there are decode
+//! rows, of its time (`room.rs`), oldest first. So a long prompt holds up no decode for longer
+//! than the step's target.
 //!
 //! **Precedence** among the admitted is by admission. Who may take blocks from whom is written in
 //! `reclaim.rs`. A running sequence that finds none leaves the batch with what it has, and waits.
@@ -21,6 +22,8 @@ use crate::message::{BLOCK_POSITIONS, Step, StepPlan};
 use super::EngineCore;
 use super::plan;
 use super::reclaim::{Claim, PREEMPTIONS_MAX};
+use super::record::Flight;
+use super::room::StepRoom;
 use super::sequence::{SequenceTable, State};
 
 /// The admitted sequences by where they are. No list outgrows its reserved capacity.
@@ -108,10 +111,10 @@ impl EngineCore {
         self.blocked_until = Instant::NEVER;
         self.park_starved(now);
         self.plan_decodes(plan, now);
-        self.plan_prefills(plan);
-        let blocked = self.seat_waiting(plan, now);
-        if !blocked {
-            self.seat_queued(plan, now);
+        let mut room = self.room(plan);
+        let held_up = self.plan_prefills(plan, &mut room) | self.seat_waiting(plan, &mut room, now);
+        if !held_up {
+            self.seat_queued(plan, &mut room, now);
         }
     }
 
@@ -136,6 +139,9 @@ impl EngineCore {
         sequence.state = State::Parked;
         sequence.times.left_batch = now;
         sequence.times.stalled_since = None;
+        let output_tokens = u64::from(sequence.output_tokens());
+        let seq = self.sequences.key(index).recorded();
+        self.note(now, Flight::Park, [seq, output_tokens, 0]);
         self.batch.parked.push(index);
         self.tell(index);
     }
@@ -145,7 +151,10 @@ impl EngineCore {
         self.counters.resumes += 1;
         self.batch.remove_parked(index);
         let sequence = &mut self.sequences[index];
-        sequence.times.parked_ns += now.ns_since(sequence.times.left_batch);
+        let parked_ns = now.ns_since(sequence.times.left_batch);
+        sequence.times.parked_ns += parked_ns;
+        let seq = self.sequences.key(index).recorded();
+        self.note(now, Flight::Resume, [seq, parked_ns, 0]);
         self.wait(index, now);
         self.tell(index);
     }
@@ -167,7 +176,7 @@ impl EngineCore {
             if sequence.tokens_unplanned() != 1 || !sequence.has_logprob_room() {
                 at += 1;
             } else if self.hold_blocks(index, sequence.blocks_for_text(), Claim::Running, now) {
-                self.plan_row(plan, index);
+                self.plan_row(plan, index, 1);
                 at += 1;
             } else {
                 self.unseat(index);
@@ -177,29 +186,32 @@ impl EngineCore {
     }
 
     /// Chunks for all who run and have more than one token to compute. Their blocks are theirs
-    /// since they entered the batch.
-    fn plan_prefills(&mut self, plan: &mut StepPlan) {
+    /// since they entered the batch. Returns whether one of them finds no room in the step: then
+    /// nobody younger may take any.
+    fn plan_prefills(&mut self, plan: &mut StepPlan, room: &mut StepRoom) -> bool {
         for at in 0..self.batch.running.len() {
             let index = self.batch.running[at];
             let sequence = &self.sequences[index];
-            if self.budget(plan) == 0 {
-                return;
-            }
             if sequence.tokens_unplanned() > 1 && sequence.has_logprob_room() {
-                self.plan_row(plan, index);
+                let chunk = self.chunk(plan, room, index);
+                if chunk == 0 {
+                    return true;
+                }
+                self.plan_prefill(plan, room, index, chunk);
             }
         }
+        false
     }
 
     /// Gives free slots to admitted sequences that wait, oldest first. Returns whether one of them
-    /// lacks blocks: then nobody may come in who would take more.
-    fn seat_waiting(&mut self, plan: &mut StepPlan, now: Instant) -> bool {
-        let mut blocked = false;
+    /// lacks blocks or room in the step: then nobody may come in who would take more.
+    fn seat_waiting(&mut self, plan: &mut StepPlan, room: &mut StepRoom, now: Instant) -> bool {
+        let (mut blocked, mut crowded) = (false, false);
         let mut at = 0;
         while let Some(&index) = self.batch.waiting.get(at)
             && !self.batch.slots_free.is_empty()
-            && self.budget(plan) > 0
         {
+            let chunk = self.chunk(plan, room, index);
             let sequence = &self.sequences[index];
             // Preempted with a token on the way: what its text is, is known when that arrives.
             let ready = sequence.samples_in_flight == 0 && sequence.has_logprob_room();
@@ -210,32 +222,37 @@ impl EngineCore {
             let may_try = ready
                 && plan::has_history_room(plan, sequence, self.context)
                 && (target <= sequence.blocks.len() || !blocked);
-            if !may_try {
+            if !may_try || chunk == 0 {
+                crowded |= may_try;
                 at += 1;
             } else if self.hold_blocks(index, target, Claim::Waiting, now) {
                 let reserved = self.sequences[index].preemptions >= PREEMPTIONS_MAX;
                 self.counters.reservations += u64::from(reserved);
                 self.batch.remove_waiting(index, &self.sequences);
                 self.seat(index);
-                self.plan_row(plan, index);
+                match self.sequences[index].tokens_unplanned() {
+                    // The room knows of it already.
+                    1 if self.sequences[index].kv_planned > 0 => self.plan_row(plan, index, 1),
+                    _ => self.plan_prefill(plan, room, index, chunk),
+                }
             } else {
                 blocked = true;
                 at += 1;
             }
         }
-        blocked
+        blocked || crowded
     }
 
-    /// Admits from the queue's head while there are slots, blocks and budget.
-    fn seat_queued(&mut self, plan: &mut StepPlan, now: Instant) {
+    /// Admits from the queue's head while there are slots, blocks and room.
+    fn seat_queued(&mut self, plan: &mut StepPlan, room: &mut StepRoom, now: Instant) {
         while self.batch.admitted < self.batch.admitted_max
             && let Some(index) = self.queue.head()
             && !self.batch.slots_free.is_empty()
-            && self.budget(plan) > 0
             && plan::has_history_room(plan, &self.sequences[index], self.context)
         {
             let target = self.sequences[index].blocks_for_text();
-            if !self.hold_blocks(index, target, Claim::Newcomer, now) {
+            let chunk = self.chunk(plan, room, index);
+            if chunk == 0 || !self.hold_blocks(index, target, Claim::Newcomer, now) {
                 return;
             }
             self.queue.remove(&mut self.sequences, index);
@@ -247,9 +264,12 @@ impl EngineCore {
             self.counters.prompt_tokens += u64::from(sequence.prompt_tokens);
             sequence.admission = self.batch.admissions;
             sequence.times.admitted = Some(now);
+            let waited_ns = now.ns_since(sequence.times.arrived);
+            let seq = self.sequences.key(index).recorded();
+            self.note(now, Flight::Admit, [seq, waited_ns, 0]);
             self.seat(index);
             self.watch(index);
-            self.plan_row(plan, index);
+            self.plan_prefill(plan, room, index, chunk);
         }
     }
 
@@ -270,17 +290,17 @@ impl EngineCore {
         remove_ordered(&mut self.batch.running, index, &self.sequences);
     }
 
-    fn budget(&self, plan: &StepPlan) -> usize {
-        self.limits.step_tokens_max as usize - plan.tokens.len()
+    fn plan_prefill(&mut self, plan: &mut StepPlan, room: &mut StepRoom, index: u32, chunk: u32) {
+        room.take_prefill(self.sequences[index].kv_planned, chunk);
+        self.plan_row(plan, index, chunk);
     }
 
-    /// Puts the sequence's next tokens into the step: all that are left, as far as chunk and
-    /// budget allow. With the last of them it samples, which costs one credit.
-    fn plan_row(&mut self, plan: &mut StepPlan, index: u32) {
-        let chunk = (self.limits.chunk_tokens_max as usize).min(self.budget(plan));
+    /// Puts the sequence's next tokens into the step, `chunk` of them. With the last it samples,
+    /// which costs one credit.
+    fn plan_row(&mut self, plan: &mut StepPlan, index: u32, chunk: u32) {
         let key = self.sequences.key(index);
         let sequence = &mut self.sequences[index];
-        let row = plan::write_row(plan, key, sequence, chunk);
+        let row = plan::write_row(plan, key, sequence, chunk as usize);
         sequence.kv_planned += row.token_count;
         sequence.last_step = plan.number;
         if row.sample {
@@ -298,6 +318,8 @@ impl EngineCore {
         self.counters.steps += 1;
         self.counters.rows += step.plan.rows.len() as u64;
         self.counters.tokens_in += step.plan.tokens.len() as u64;
+        let (rows, tokens) = (step.plan.rows.len() as u64, step.plan.tokens.len() as u64);
+        self.note(now, Flight::StepPlanned, [step.plan.number, rows, tokens]);
         match self.device.port.steps.push(step) {
             Ok(()) => self.device.port.bell.ring(),
             // The ring has room for every step that circulates; so the device core is gone, and

@@ -10,6 +10,8 @@ use crate::request::{Class, FinishReason, RejectReason};
 pub struct Counters {
     /// Asks seen.
     pub asks: u64,
+    /// Refusals by front cores at a closed gate: part of `asks` and `rejected`.
+    pub gate_refusals: u64,
     /// Asks granted.
     pub grants: u64,
     /// Submissions accepted into the queue.
@@ -90,7 +92,7 @@ pub struct EngineStats {
 }
 
 /// How many numbers [`EngineStats::named`] has.
-pub const NAMED: usize = 35;
+pub const NAMED: usize = 36;
 
 impl EngineStats {
     /// The numbers that STATS_REPLY shows, by name. Those of `counters` only grow.
@@ -112,6 +114,7 @@ impl EngineStats {
             ("engine_kv_blocks_retiring", self.blocks_retiring.into()),
             ("engine_kv_blocks_total", self.blocks_total.into()),
             ("engine_asks", counters.asks),
+            ("engine_gate_refusals", counters.gate_refusals),
             ("engine_grants", counters.grants),
             ("engine_admitted", counters.admitted),
             ("engine_rejected", counters.rejected.iter().sum()),

@@ -107,9 +107,9 @@ impl LoadEstimator {
         }
     }
 
-    /// A job came.
-    pub fn arrived(&mut self, now: Instant) {
-        self.arrivals.record(1, now);
+    /// So many jobs came.
+    pub fn arrived(&mut self, jobs: u64, now: Instant) {
+        self.arrivals.record(jobs, now);
     }
 
     /// The server worked for `busy_ns` and finished `completed` jobs at the end of it (0 is fine).

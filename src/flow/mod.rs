@@ -6,11 +6,13 @@
 pub mod credit;
 pub mod estimate;
 pub mod forecast;
+pub mod gate;
 pub mod link;
 pub mod token_bucket;
 
 pub use credit::{CreditError, CreditReturn, CreditWindow};
 pub use estimate::{Load, LoadEstimator, RateEstimator, StepCost, StepLoad, StepTimeModel};
 pub use forecast::OutputForecast;
+pub use gate::{Closed, GateKeeper, GateReader, gate};
 pub use link::{Census, Receiver, SendError, Sender, link};
 pub use token_bucket::{Shortage, TokenBucket};

@@ -1,15 +1,17 @@
 //! The front core: what the shell tells it, what it tells the shell, and its turn.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use super::ConnId;
 use super::connection::{Action, Connection, Connections, Life};
 use super::pipeline::Pipeline;
+use super::record::Flight;
 use super::settings::{FrontCounters, FrontSettings};
 use super::stream::Phase;
 use super::timers::{Timer, Timers};
 use super::tokenise::Tokenise;
-use crate::base::Instant;
+use crate::base::{Instant, Pen, Recorder};
 use crate::message::EVENT_BATCHES;
 use crate::ports::FrontEnds;
 use crate::protocol::{ErrorCode, ProtocolError, ServerFrame};
@@ -40,6 +42,7 @@ pub struct FrontCore {
     draining_until: Option<Instant>,
     /// The engine is gone; everybody was told.
     engine_is_gone: bool,
+    pub(super) pen: Pen,
 }
 
 impl FrontCore {
@@ -59,12 +62,15 @@ impl FrontCore {
             counters: FrontCounters::default(),
             draining_until: None,
             engine_is_gone: false,
+            pen: Recorder::start("front", Flight::KINDS),
         }
     }
 
     /// A client connected.
     pub fn handle_accepted(&mut self, conn: ConnId, now: Instant) {
         self.counters.connections_accepted += 1;
+        let open = self.connections.len() as u64;
+        self.note(now, Flight::Open, [conn.recorded(), open, 0]);
         let is_full = self.connections.len() >= self.settings.limits.connections_max as usize;
         self.connections.insert(conn, Connection::new(&self.settings, now));
         if is_full {
@@ -121,8 +127,10 @@ impl FrontCore {
     }
 
     /// A connection ended; whatever it had going on is cancelled.
-    pub fn handle_closed(&mut self, conn: ConnId, _now: Instant) {
+    pub fn handle_closed(&mut self, conn: ConnId, now: Instant) {
         let Some(connection) = self.connections.remove(conn) else { return };
+        let streams = connection.streams.len() as u64;
+        self.note(now, Flight::Close, [conn.recorded(), streams, 0]);
         if let Some(at) = connection.timer {
             self.timers.clear(at, Timer::Connection(conn));
         }
@@ -139,6 +147,7 @@ impl FrontCore {
             return;
         }
         self.draining_until = Some(until);
+        self.note(now, Flight::Drain, [until.ns_since(now), 0, 0]);
         for conn in self.connections.ids() {
             self.say_going_away(conn, now);
         }
@@ -169,6 +178,11 @@ impl FrontCore {
         self.counters
     }
 
+    /// Its flight recorder, to be read from anywhere.
+    pub fn recorder(&self) -> Arc<Recorder> {
+        self.pen.recorder()
+    }
+
     /// One bounded turn. `true` when there may be more to do at once.
     pub fn tick(&mut self, now: Instant) -> bool {
         let mut did = false;
@@ -187,6 +201,7 @@ impl FrontCore {
         did |= self.advance_tokenising(now);
         did |= self.advance_requests(now);
         did |= self.pipeline.send_control();
+        self.pipeline.announce_refusals();
         while let Some(timer) = self.timers.take_due(now) {
             self.handle_timer(timer, now);
             did = true;
@@ -227,6 +242,7 @@ impl FrontCore {
         let until = now.plus_ms(self.settings.limits.handshake_timeout_ms);
         let Some(connection) = self.connections.get_mut(conn) else { return };
         connection.fail(error, until);
+        self.note(now, Flight::Fail, [conn.recorded(), error.code as u64, 0]);
         self.end_streams(conn);
         self.set_timer(conn);
         self.put_in_action_list(conn);
@@ -341,6 +357,7 @@ impl FrontCore {
             return false;
         }
         self.engine_is_gone = true;
+        self.note(now, Flight::EngineGone, [0; 3]);
         let error = ProtocolError::new(ErrorCode::Internal, 0, "the engine ended");
         for conn in self.connections.ids() {
             self.fail(conn, &error, now);

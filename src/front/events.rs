@@ -2,6 +2,7 @@
 
 use super::connection::Connection;
 use super::core::FrontCore;
+use super::record::Flight;
 use super::stream::{Phase, slab_key};
 use crate::base::{Instant, SlabKey};
 use crate::message::{Event, EventBatch, SeqKey};
@@ -98,6 +99,8 @@ impl FrontCore {
             Event::Done { stream, finish, usage, timings } => {
                 let key = slab_key(front, stream);
                 self.counters.requests_done += 1;
+                let (its, seq) = self.recorded(key);
+                self.note(now, Flight::Done, [its, seq, finish as u64]);
                 self.finish_text(key);
                 let done = Done { finish, usage, timings };
                 self.tell_last(key, now, |number, out| {
@@ -115,6 +118,8 @@ impl FrontCore {
         stream.seq = Some(seq);
         let conn = stream.conn;
         let cancel = stream.cancel;
+        let (its, seq) = self.recorded(key);
+        self.note(now, Flight::Granted, [its, seq, 0]);
         self.begin_body(key, now);
         if let Some(reason) = cancel {
             self.cancel(key, reason);
@@ -134,6 +139,8 @@ impl FrontCore {
             self.pipeline.end_ask();
         }
         self.counters.requests_rejected += 1;
+        let (its, retry_ms) = (self.recorded(key).0, u64::from(retry_after_ms.unwrap_or(0)));
+        self.note(now, Flight::Rejected, [its, reason as u64, retry_ms]);
         let stream = self.pipeline.streams.get_mut(key).expect("looked up above");
         let conn = stream.conn;
         if let Some(finish) = stream.cancel {
@@ -237,6 +244,8 @@ impl FrontCore {
         now: Instant,
     ) {
         self.counters.requests_refused += 1;
+        let its = self.recorded(key).0;
+        self.note(now, Flight::RefuseGranted, [its, reason as u64, 0]);
         let rejected = Rejected { reason, retry_after_ms: None, message };
         self.tell_last(key, now, |number, out| {
             ServerFrame::Rejected { stream: number, rejected }.encode(out);
@@ -271,7 +280,7 @@ fn write_tokens(out: &mut Vec<u8>, number: u32, output: &Output<'_>, text: &str)
 }
 
 /// What a rejection by the engine means, for a person.
-fn reject_message(reason: RejectReason) -> &'static str {
+pub(super) fn reject_message(reason: RejectReason) -> &'static str {
     match reason {
         RejectReason::QueueFull => "the queue is full",
         RejectReason::ExceedsCapacity => "prompt and output can never fit the KV cache",

@@ -5,6 +5,8 @@ use std::borrow::Cow;
 use super::ConnId;
 use super::connection::Life;
 use super::core::FrontCore;
+use super::events::reject_message;
+use super::record::Flight;
 use super::stream::{Phase, Stream};
 use super::timers::Timer;
 use crate::base::{Instant, SlabKey};
@@ -231,10 +233,16 @@ impl FrontCore {
         let prelude = match judged {
             Ok(prelude) => prelude,
             Err((reason, retry_after_ms, message)) => {
-                self.refuse_new(conn, number, reason, retry_after_ms, &message);
+                self.refuse_here(conn, number, reason, retry_after_ms, &message, now);
                 return Ok(None);
             }
         };
+        if let Some((reason, retry_after_ms)) = self.pipeline.refuse_at_gate(prelude.class) {
+            self.counters.requests_rejected += 1;
+            self.note(now, Flight::AtGate, [conn.recorded(), number.into(), reason as u64]);
+            self.tell_refused(conn, number, reason, retry_after_ms, reject_message(reason));
+            return Ok(None);
+        }
         let window = self.settings.limits.stream_window_tokens_max;
         let mut stream = Stream::new(conn, number, prelude, window, now);
         stream.input_tokens = self.pipeline.estimate_tokens(&prelude);
@@ -242,9 +250,11 @@ impl FrontCore {
         let Some(key) = self.pipeline.insert(stream) else {
             let message = "too many requests are being taken in";
             let retry = Some(RETRY_AFTER_MS);
-            self.refuse_new(conn, number, RejectReason::QueueFull, retry, message);
+            self.refuse_here(conn, number, RejectReason::QueueFull, retry, message, now);
             return Ok(None);
         };
+        let its = self.recorded(key).0;
+        self.note(now, Flight::Request, [conn.recorded(), number.into(), its]);
         let connection = self.connections.get_mut(conn).expect("it has input");
         connection.streams.push((number, key));
         Ok(Some(key))
@@ -325,8 +335,23 @@ impl FrontCore {
         }
     }
 
-    /// Refuses a request that has no place in the stream table.
-    fn refuse_new(
+    /// Refuses a request by what this front core knows.
+    fn refuse_here(
+        &mut self,
+        conn: ConnId,
+        number: u32,
+        reason: RejectReason,
+        retry_after_ms: Option<u32>,
+        message: &str,
+        now: Instant,
+    ) {
+        self.counters.requests_refused += 1;
+        self.note(now, Flight::RefuseHere, [conn.recorded(), number.into(), reason as u64]);
+        self.tell_refused(conn, number, reason, retry_after_ms, message);
+    }
+
+    /// REJECTED for a request that has no place in the stream table.
+    fn tell_refused(
         &mut self,
         conn: ConnId,
         number: u32,
@@ -334,7 +359,6 @@ impl FrontCore {
         retry_after_ms: Option<u32>,
         message: &str,
     ) {
-        self.counters.requests_refused += 1;
         let connection = self.connections.get_mut(conn).expect("it has input");
         connection.give_request_credit();
         let rejected = crate::protocol::Rejected { reason, retry_after_ms, message };

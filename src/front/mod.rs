@@ -24,6 +24,7 @@ mod input;
 mod model_tokenise;
 pub mod net;
 mod pipeline;
+mod record;
 mod settings;
 mod stream;
 pub mod task;

@@ -4,17 +4,18 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::core::FrontCore;
+use super::record::Flight;
 use super::settings::FrontSettings;
 use super::stream::{Phase, Stream, stream_key};
 use super::timers::Timer;
 use super::tokenise::{Tokenise, TokeniseFailure, TokeniseQueue, Tokenised};
-use crate::base::{Instant, Slab, SlabKey};
+use crate::base::{Instant, Pen, Slab, SlabKey};
 use crate::message::{Ask, ControlMessage, EVENT_BATCHES, EventBatch, RequestMessage, Submission};
 use crate::ports::FrontEnds;
 use crate::protocol::{
     BodyError, Capabilities, Prelude, Prompt, PromptKind, RequestOptions, decode_body,
 };
-use crate::request::{FinishReason, RejectReason, TokenId};
+use crate::request::{Class, FinishReason, RejectReason, TokenId};
 
 /// The streams of a front core, and its ends of the links to the engine.
 pub(super) struct Pipeline {
@@ -32,6 +33,10 @@ pub(super) struct Pipeline {
     /// Streams in [`Phase::Asked`].
     asks: u32,
     asks_max: u32,
+    /// The request link had no credit for what waits; recorded when it begins.
+    is_held_up: bool,
+    /// The gate was found closed since the engine's bell was rung last.
+    has_refused: bool,
     context_max: u32,
     /// Sum of the streams' `ingest_bytes`.
     pub(super) ingest_bytes: u64,
@@ -53,6 +58,8 @@ impl Pipeline {
             waiting_to_submit: VecDeque::new(),
             control_list: VecDeque::new(),
             asks: 0,
+            is_held_up: false,
+            has_refused: false,
             asks_max: settings.limits.asks_max,
             context_max: settings.limits.context_max,
             ingest_bytes: 0,
@@ -77,6 +84,20 @@ impl Pipeline {
         self.ingest_bytes += bytes;
         self.waiting_to_ask.push_back(key);
         Some(key)
+    }
+
+    /// Whether the engine would refuse a request of this class whatever it is, and with what.
+    pub(super) fn refuse_at_gate(&mut self, class: Class) -> Option<(RejectReason, Option<u32>)> {
+        let refusal = self.ends.gate.refuse(class);
+        self.has_refused |= refusal.is_some();
+        refusal
+    }
+
+    /// Once a turn, not once a refusal: the engine has counts to take in.
+    pub(super) fn announce_refusals(&mut self) {
+        if std::mem::take(&mut self.has_refused) {
+            self.ends.engine_bell.ring();
+        }
     }
 
     /// The next batch of events.
@@ -160,7 +181,19 @@ impl Pipeline {
     }
 
     /// Sends submissions, then asks, as far as link and bounds allow.
-    fn send_requests(&mut self) -> bool {
+    fn send_requests(&mut self, pen: &mut Pen, now: Instant) -> bool {
+        let sent = self.send_submissions(pen, now) | self.send_asks(pen, now);
+        let waits = !self.waiting_to_submit.is_empty() || !self.waiting_to_ask.is_empty();
+        let is_held_up = waits && self.ends.requests.credits() == 0;
+        if is_held_up && !self.is_held_up {
+            let (to_submit, to_ask) = (self.waiting_to_submit.len(), self.waiting_to_ask.len());
+            pen.record(now, Flight::LinkFull as u16, [to_submit as u64, to_ask as u64, 0]);
+        }
+        self.is_held_up = is_held_up;
+        sent
+    }
+
+    fn send_submissions(&mut self, pen: &mut Pen, now: Instant) -> bool {
         let mut sent = false;
         while let Some(&key) = self.waiting_to_submit.front() {
             let stream = self.streams.get_mut(key);
@@ -169,15 +202,22 @@ impl Pipeline {
                 continue;
             };
             if self.ends.requests.credits() == 0 {
-                return sent;
+                break;
             }
             self.waiting_to_submit.pop_front();
             let submission = stream.submission.take().expect("it waits with its submission");
             stream.phase = Phase::Submitted;
+            let (its, seq) = (submission.stream.recorded(), submission.seq.recorded());
+            pen.record(now, Flight::Submit as u16, [its, seq, submission.tokens.len() as u64]);
             let _ = self.ends.requests.send(RequestMessage::Submit(submission));
             self.update_credit(key);
             sent = true;
         }
+        sent
+    }
+
+    fn send_asks(&mut self, pen: &mut Pen, now: Instant) -> bool {
+        let mut sent = false;
         while self.asks < self.asks_max {
             let Some(&key) = self.waiting_to_ask.front() else { break };
             let stream = self.streams.get_mut(key);
@@ -202,6 +242,7 @@ impl Pipeline {
                 deadline: stream.deadline,
                 window_tokens: stream.prelude.window_tokens,
             };
+            pen.record(now, Flight::Ask as u16, [ask.stream.recorded(), 0, 0]);
             let _ = self.ends.requests.send(RequestMessage::Ask(ask));
             sent = true;
         }
@@ -408,8 +449,8 @@ impl FrontCore {
         self.pipeline.release_body(key);
     }
 
-    pub(super) fn advance_requests(&mut self, _now: Instant) -> bool {
-        self.pipeline.send_requests()
+    pub(super) fn advance_requests(&mut self, now: Instant) -> bool {
+        self.pipeline.send_requests(&mut self.pen, now)
     }
 }
 

@@ -70,7 +70,7 @@ pub struct FrontCounters {
     pub requests: u64,
     /// Requests refused here, before the engine was asked or after its grant.
     pub requests_refused: u64,
-    /// Requests refused or evicted by the engine.
+    /// Requests refused or evicted by the engine, or at its gate.
     pub requests_rejected: u64,
     /// Requests whose client went away before their end.
     pub requests_abandoned: u64,

@@ -6,6 +6,7 @@
 use std::fmt;
 
 use super::Limits;
+use crate::base::Recorder;
 use crate::message::{
     BLOCK_POSITIONS, ControlMessage, EVENT_BATCHES, Event, Logprob, PlanRow, RequestMessage,
     Sampled, SlotSetup, Submission,
@@ -56,6 +57,10 @@ pub struct Sizes {
     pub weight_bytes: u64,
     /// The backend's step workspace, sampling state included.
     pub workspace_bytes: u64,
+    /// Whether those three are in memory of a device of its own.
+    pub on_device: bool,
+    /// What a backend with a device takes of the process's memory.
+    pub host_bytes: u64,
     /// A sequence in the engine's table, its fixed part.
     pub sequence_bytes: u64,
     /// A stream in a front core's table, its fixed part.
@@ -88,6 +93,8 @@ pub struct Sizes {
 pub enum Kind {
     /// At start, in full, each page touched.
     Prefaulted,
+    /// At start, in full, in the device's own memory: not part of the process's.
+    Device,
     /// At start, as far as it is used.
     Reserved,
     /// Under load, never above the line.
@@ -103,6 +110,7 @@ impl Kind {
     pub const fn name(self) -> &'static str {
         match self {
             Kind::Prefaulted => "prefaulted",
+            Kind::Device => "device",
             Kind::Reserved => "at start",
             Kind::OnDemand => "under load",
             Kind::Loading => "loading",
@@ -171,6 +179,11 @@ impl Envelope {
         always.saturating_add(later.max(self.sum(|kind| kind == Kind::Loading)))
     }
 
+    /// What is taken of a device's own memory.
+    pub fn device_bytes(&self) -> u64 {
+        self.sum(|kind| kind == Kind::Device)
+    }
+
     /// What the kernel holds for our sockets at most.
     pub fn kernel_bytes(&self) -> u64 {
         self.sum(|kind| kind == Kind::Kernel)
@@ -183,11 +196,13 @@ impl Envelope {
 }
 
 fn device_bounds(sizes: &Sizes) -> Vec<Bound> {
-    let kind = Kind::Prefaulted;
+    let kind = if sizes.on_device { Kind::Device } else { Kind::Prefaulted };
+    let staging = "pinned for the device; its driver";
     vec![
         line("weights", 1, sizes.weight_bytes, kind, "the model, repacked"),
         line("KV pool", sizes.kv_blocks, sizes.kv_block_bytes, kind, "kv.pool_bytes, by 64 tokens"),
         line("workspace", 1, sizes.workspace_bytes, kind, "step_tokens_max and running_max"),
+        line("staging", 1, sizes.host_bytes, Kind::Reserved, staging),
     ]
 }
 
@@ -356,7 +371,9 @@ const TEMPLATE_BYTES_MAX: u64 = 64 << 20;
 
 fn program_bounds(sizes: &Sizes) -> Vec<Bound> {
     let at_start = Kind::Reserved;
+    let recorder = Recorder::BYTES as u64;
     vec![
+        line("flight recorders", sizes.fronts + 2, recorder, at_start, "4,096 events a core"),
         line("tokenizer", 1, sizes.tokenizer_bytes, at_start, "vocabulary, merges, template"),
         line("threads", sizes.threads, sizes.stack_bytes, at_start, "what of a stack is touched"),
         line("program", 1, sizes.program_bytes, at_start, "code, libraries, allocator"),
@@ -387,6 +404,9 @@ impl fmt::Display for Envelope {
             let (name, kind) = (bound.name, bound.kind.name());
             let bytes = show_bytes(bound.bytes());
             writeln!(f, "{name:<20} {bytes:>11} {product:>18}  {kind:<10} {}", bound.reason)?;
+        }
+        if self.device_bytes() > 0 {
+            writeln!(f, "{:<20} {:>11}", "device", show_bytes(self.device_bytes()))?;
         }
         writeln!(f, "{:<20} {:>11}", "process, at most", show_bytes(self.process_bytes()))?;
         write!(f, "{:<20} {:>11}", "kernel, at most", show_bytes(self.kernel_bytes()))
@@ -419,6 +439,8 @@ mod tests {
             kv_block_bytes: shape().kv_block_bytes(2),
             weight_bytes: 100 << 20,
             workspace_bytes: 32 << 20,
+            on_device: false,
+            host_bytes: 0,
             sequence_bytes: 512,
             stream_bytes: 256,
             connection_bytes: 256,
@@ -454,6 +476,17 @@ mod tests {
         assert_eq!(envelope.process_bytes(), always + sum(Kind::OnDemand));
         assert_eq!(bytes_of(&envelope, "KV pool"), 100 * (1440 << 10));
         assert_eq!(bytes_of(&envelope, "kernel, input"), 1024 << 17);
+    }
+
+    #[test]
+    fn what_is_in_a_devices_memory_is_not_the_processs() {
+        let sizes = Sizes { on_device: true, host_bytes: 1 << 20, ..sizes() };
+        let with = Envelope::new(&Limits::default(), &shape(), &sizes);
+        let without = Envelope::new(&Limits::default(), &shape(), &super::tests::sizes());
+        let moved = sizes.weight_bytes + sizes.workspace_bytes + 100 * sizes.kv_block_bytes;
+        assert_eq!(with.device_bytes(), moved);
+        assert_eq!(with.process_bytes(), without.process_bytes() - moved + (1 << 20));
+        assert_eq!(without.device_bytes(), 0);
     }
 
     #[test]

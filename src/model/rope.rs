@@ -90,6 +90,20 @@ impl Rope {
     }
 }
 
+impl Rope {
+    /// (cosine, sine) of every rotated pair at every position from 0 on, as far as `turns` goes:
+    /// computed in double precision, rounded once.
+    pub fn turns(&self, turns: &mut [f32]) {
+        let pairs_per_position = self.frequencies.len().max(1);
+        for (index, turn) in turns.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+            let position = (index / pairs_per_position) as f64;
+            let (sine, cosine) =
+                (position * self.frequencies[index % pairs_per_position]).sin_cos();
+            *turn = [(cosine * self.magnitude) as f32, (sine * self.magnitude) as f32];
+        }
+    }
+}
+
 /// Llama 3's factors.
 fn factors(gguf: &Gguf, pairs: usize) -> Result<Vec<f64>, GgufError> {
     let name = "rope_freqs.weight";

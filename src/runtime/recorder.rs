@@ -1,239 +1,131 @@
-//! The flight recorder: what a core did last, in fixed memory, for when it is too late to ask.
+//! Where the cores' flight recorders are read: on a panic, on a stall, on a signal.
 //!
-//! One writer records; whoever dumps (a panic, a stall's watcher, a signal's task) reads beside
-//! it and leaves out what is being overwritten at that moment.
+//! The recorders themselves ([`crate::base::recorder`]) belong to their cores. Here they are known
+//! by weak references, so that a server that has ended leaves nothing behind.
 
-use std::fmt::{self, Write as _};
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::clock;
 use crate::base::Instant;
+use crate::base::recorder::{Recorded, Recorder};
 
-/// A kind of event: its name and what its two numbers are.
+/// Every recorder that is read. Locked when a core starts and when somebody reads, never by a core
+/// that records.
+static ALL: Mutex<Vec<Weak<Recorder>>> = Mutex::new(Vec::new());
+
+/// Where dumps go; not set until [`enable`].
+static DESTINATION: OnceLock<Option<PathBuf>> = OnceLock::new();
+
+/// From now on this recorder is part of every dump.
+pub fn register(recorder: &Arc<Recorder>) {
+    let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+    all.retain(|known| known.strong_count() > 0);
+    all.push(Arc::downgrade(recorder));
+}
+
+/// The last events of all cores, at most `events_max` of them, in the order of time: one a line,
+/// with how long ago in microseconds, the core, its event's number, and the event.
 ///
-/// ```
-/// use forebay::runtime::recorder::Kind;
-/// static STEP_DONE: Kind = Kind { name: "step done", a: "number", b: "rows" };
-/// ```
-#[derive(Debug, PartialEq, Eq)]
-pub struct Kind {
-    /// What happened.
-    pub name: &'static str,
-    /// What the first number is.
-    pub a: &'static str,
-    /// What the second number is.
-    pub b: &'static str,
+/// A core stamps what it does in one turn with the turn's beginning, so two cores' events may be
+/// told in the wrong order by as much as a turn takes: some microseconds.
+pub fn last_events(events_max: usize) -> String {
+    let all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+    print_events(&all.iter().filter_map(Weak::upgrade).collect::<Vec<_>>(), events_max)
 }
 
-/// One core's last events.
-pub struct Recorder {
-    core: &'static str,
-    kinds: &'static [Kind],
-    entries: Box<[Entry]>,
-    /// Events recorded since the start; event n lies in place n modulo the length. Stored (release)
-    /// after the event's words, loaded (acquire) by a dump before it reads them.
-    recorded: AtomicU64,
-}
-
-/// The words of an event. A dump checks `turn` before and after: odd while the words are written,
-/// else twice the event's number plus two.
-#[derive(Default)]
-struct Entry {
-    turn: AtomicU64,
-    at_ns: AtomicU64,
-    kind: AtomicU64,
-    a: AtomicU64,
-    b: AtomicU64,
-}
-
-/// An event as it was recorded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Recorded {
-    /// Which event since the start.
-    pub number: u64,
-    /// When.
-    pub at: Instant,
-    /// What.
-    pub kind: &'static Kind,
-    /// First number.
-    pub a: u64,
-    /// Second number.
-    pub b: u64,
-}
-
-/// The only hand that writes to a recorder.
-pub struct Pen {
-    recorder: Arc<Recorder>,
-    next: u64,
-}
-
-impl Recorder {
-    /// A recorder of the last `capacity` events (at least 1), and its writer. Events name their
-    /// kind by its place in `kinds`. It takes part in [`dump_all`] as long as it lives.
-    pub fn new(
-        core: &'static str,
-        kinds: &'static [Kind],
-        capacity: usize,
-    ) -> (Pen, Arc<Recorder>) {
-        let entries = (0..capacity.max(1)).map(|_| Entry::default()).collect();
-        let recorder = Arc::new(Recorder { core, kinds, entries, recorded: AtomicU64::new(0) });
-        let mut all = all().lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|known| known.strong_count() > 0);
-        all.push(Arc::downgrade(&recorder));
-        (Pen { recorder: recorder.clone(), next: 0 }, recorder)
+fn print_events(recorders: &[Arc<Recorder>], events_max: usize) -> String {
+    let now = clock::now();
+    let mut events: Vec<(Instant, &'static str, Recorded)> = Vec::new();
+    for recorder in recorders {
+        let its = recorder.events().into_iter();
+        events.extend(its.map(|event| (event.at, recorder.core(), event)));
     }
-
-    /// Bytes it takes.
-    pub fn memory_bytes(&self) -> usize {
-        size_of::<Recorder>() + self.entries.len() * size_of::<Entry>()
-    }
-
-    /// The events that are there, oldest first.
-    pub fn events(&self) -> Vec<Recorded> {
-        let end = self.recorded.load(Ordering::Acquire);
-        let start = end.saturating_sub(self.entries.len() as u64);
-        (start..end).filter_map(|number| self.read(number)).collect()
-    }
-
-    /// `None` when the writer has come round to this place meanwhile.
-    fn read(&self, number: u64) -> Option<Recorded> {
-        let entry = &self.entries[(number % self.entries.len() as u64) as usize];
-        // Pairs with the release at the end of `record`: the words are at least this event's.
-        let before = entry.turn.load(Ordering::Acquire);
-        let (at_ns, kind) =
-            (entry.at_ns.load(Ordering::Relaxed), entry.kind.load(Ordering::Relaxed));
-        let (a, b) = (entry.a.load(Ordering::Relaxed), entry.b.load(Ordering::Relaxed));
-        // Pairs with the fence in `record`: if any word above was a later event's, so is this.
-        fence(Ordering::Acquire);
-        let after = entry.turn.load(Ordering::Relaxed);
-        if before != after || before != number * 2 + 2 {
-            return None;
-        }
-        let kind = self.kinds.get(kind as usize)?;
-        Some(Recorded { number, at: Instant::from_ns(at_ns), kind, a, b })
-    }
-}
-
-impl Pen {
-    /// Records an event: some ten nanoseconds, no allocation.
-    pub fn record(&mut self, now: Instant, kind: u16, a: u64, b: u64) {
-        let recorder = &*self.recorder;
-        let entry = &recorder.entries[(self.next % recorder.entries.len() as u64) as usize];
-        entry.turn.store(self.next * 2 + 1, Ordering::Relaxed);
-        // Pairs with the fence in `read`: no word below becomes visible before the odd turn.
-        fence(Ordering::Release);
-        entry.at_ns.store(now.as_ns(), Ordering::Relaxed);
-        entry.kind.store(u64::from(kind), Ordering::Relaxed);
-        entry.a.store(a, Ordering::Relaxed);
-        entry.b.store(b, Ordering::Relaxed);
-        entry.turn.store(self.next * 2 + 2, Ordering::Release);
-        self.next += 1;
-        recorder.recorded.store(self.next, Ordering::Release);
-    }
-}
-
-impl fmt::Display for Recorder {
-    /// One line an event, times in microseconds before now.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (now, events) = (clock::now(), self.events());
-        writeln!(f, "last {} events of {}:", events.len(), self.core)?;
-        for event in events {
-            let Recorded { number, at, kind, a, b } = event;
-            let ago_us = now.ns_since(at) / 1000;
-            write!(f, "  {number:>8} -{ago_us} us  {}", kind.name)?;
-            for (name, value) in [(kind.a, a), (kind.b, b)] {
-                if !name.is_empty() {
-                    write!(f, "  {name}={value}")?;
-                }
-            }
-            f.write_char('\n')?;
-        }
-        Ok(())
-    }
-}
-
-fn all() -> &'static Mutex<Vec<Weak<Recorder>>> {
-    static ALL: Mutex<Vec<Weak<Recorder>>> = Mutex::new(Vec::new());
-    &ALL
-}
-
-/// What all recorders of the process hold, in print.
-pub fn dump_all() -> String {
-    let all = all().lock().unwrap_or_else(PoisonError::into_inner);
+    // Stable: events of one core at one time stay in their order.
+    events.sort_by_key(|&(at, ..)| at);
     let mut text = String::new();
-    for recorder in all.iter().filter_map(Weak::upgrade) {
+    for (at, core, event) in &events[events.len().saturating_sub(events_max)..] {
+        let (ago_us, number) = (now.ns_since(*at) / 1000, event.number);
         // Writing to a string does not fail.
-        let _ = write!(text, "{recorder}");
+        let _ = writeln!(text, "{:>12} us {core:<6} {number:>8}  {event}", format!("-{ago_us}"));
     }
     text
 }
 
-/// From now on a panic, on whatever thread, prints the recorders to standard error after its own
-/// message. Done once however often it is called.
-pub fn dump_on_panic() {
-    static ONCE: OnceLock<()> = OnceLock::new();
-    ONCE.get_or_init(|| {
-        let before = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| {
-            before(panic);
-            // Not while somebody registers a recorder: a panic in there must not lock up.
-            if all().try_lock().is_ok() {
-                eprint!("{}", dump_all());
-            }
-        }));
-    });
+/// From now on dumps are written: to the end of `file`, or to standard error; and a panic, on
+/// whatever thread, dumps after its own message. What was said first holds.
+pub fn enable(file: Option<PathBuf>) {
+    if DESTINATION.set(file).is_err() {
+        return;
+    }
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        before(panic);
+        // Not while somebody registers a recorder: a panic in there must not lock up.
+        if ALL.try_lock().is_ok() {
+            dump("a panic", usize::MAX);
+        }
+    }));
+}
+
+/// Writes the last `events_max` events, if dumps are enabled.
+pub fn dump(why: &str, events_max: usize) {
+    let Some(file) = DESTINATION.get() else { return };
+    let events = last_events(events_max);
+    let text = format!("flight recorders, for {why}:\n{events}end of flight recorders\n");
+    let Some(path) = file else {
+        // In one piece: other threads write there too.
+        let _ = io::stderr().write_all(text.as_bytes());
+        return;
+    };
+    let written = File::options().create(true).append(true).open(path);
+    let written = written.and_then(|mut file| file.write_all(text.as_bytes()));
+    let _ = match written {
+        Ok(()) => writeln!(io::stderr(), "flight recorders, for {why}: in {}", path.display()),
+        Err(error) => {
+            writeln!(io::stderr(), "cannot write to {}: {error}\n{text}", path.display())
+        }
+    };
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::AtomicBool;
-    use std::thread;
+    use crate::base::recorder::recorded_events;
 
-    static KINDS: [Kind; 2] =
-        [Kind { name: "step", a: "number", b: "rows" }, Kind { name: "wake", a: "", b: "" }];
+    recorded_events!(Test {
+        Step = "step", ["number" Number];
+        Wake = "wake", [];
+    });
 
     #[test]
-    fn the_last_events_are_kept_in_order() {
-        let (mut pen, recorder) = Recorder::new("engine", &KINDS, 4);
-        assert_eq!(recorder.events(), []);
-        for i in 0..10 {
-            pen.record(Instant::from_ns(i * 100), 0, i, i * i);
+    fn events_of_all_cores_are_told_in_the_order_of_time() {
+        let mut front = Recorder::start("front", Test::KINDS);
+        let mut engine = Recorder::start("engine", Test::KINDS);
+        for n in 0..3 {
+            engine.record(Instant::from_ns(10 * n), Test::Step as u16, [n, 0, 0]);
+            front.record(Instant::from_ns(10 * n + 5), Test::Wake as u16, [0; 3]);
         }
-        let kept: Vec<_> = recorder.events().iter().map(|e| (e.number, e.a, e.b)).collect();
-        assert_eq!(kept, [(6, 6, 36), (7, 7, 49), (8, 8, 64), (9, 9, 81)]);
-        assert_eq!(recorder.events()[0].at, Instant::from_ns(600));
-        pen.record(clock::now(), 1, 0, 0);
-        let text = dump_all();
-        assert!(text.contains("last 4 events of engine:"), "{text}");
-        assert!(text.contains("step  number=9  rows=81") && text.contains("us  wake\n"), "{text}");
+        let text = print_events(&[front.recorder(), engine.recorder()], usize::MAX);
+        let cores: Vec<_> =
+            text.lines().map(|line| line.split_whitespace().nth(2).unwrap()).collect();
+        assert_eq!(cores, ["engine", "front"].repeat(3));
+        assert!(text.lines().nth(4).unwrap().contains("engine        2  step"), "{text}");
+        let last = print_events(&[front.recorder(), engine.recorder()], 1);
+        assert_eq!(last.lines().count(), 1);
+        assert!(last.contains("wake"), "{last}");
     }
 
     #[test]
-    fn a_dump_beside_the_writer_never_shows_half_an_event() {
-        let (mut pen, recorder) = Recorder::new("front", &KINDS, 3);
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let writer = thread::spawn(move || {
-            let mut i = 0;
-            while !stopped.load(Ordering::Relaxed) {
-                pen.record(Instant::from_ns(i), (i % 2) as u16, i, !i);
-                i += 1;
-            }
-            i
-        });
-        let mut seen = 0u64;
-        while seen < 10_000 {
-            for event in recorder.events() {
-                assert_eq!((event.a, event.b), (event.number, !event.number));
-                assert_eq!(event.at, Instant::from_ns(event.number));
-                assert_eq!(event.kind, &KINDS[(event.number % 2) as usize]);
-                seen += 1;
-            }
-        }
-        stop.store(true, Ordering::Relaxed);
-        let written = writer.join().unwrap();
-        assert_eq!(recorder.events().last().unwrap().number + 1, written);
+    fn a_recorder_is_in_the_dump_as_long_as_its_core_lives() {
+        let mut pen = Recorder::start("a core that ends", Test::KINDS);
+        register(&pen.recorder());
+        pen.record(clock::now(), Test::Wake as u16, [0; 3]);
+        assert!(last_events(usize::MAX).contains("a core that ends"));
+        drop(pen);
+        assert!(!last_events(usize::MAX).contains("a core that ends"));
     }
 }

@@ -1,9 +1,10 @@
-//! Drives a CPU backend the way an engine would: sequences, slots, blocks, steps.
+//! Drives a backend the way an engine would: sequences, slots, blocks, steps.
 
 #![allow(dead_code)]
 
 use std::sync::Arc;
 
+use forebay::device::Backend;
 use forebay::device::cpu::{CpuBackend, CpuOptions, Isa};
 use forebay::message::{BLOCK_POSITIONS, BlockId, PlanRow, SeqKey, SlotSetup, Step};
 use forebay::model::Gguf;
@@ -43,24 +44,43 @@ impl Sequence {
     }
 }
 
+/// A backend that shows the logits of the rows that its last step sampled.
+pub trait Shown: Backend {
+    /// Those of one row.
+    fn row(&mut self, sampled: usize) -> Vec<f32>;
+}
+
+impl Shown for CpuBackend {
+    fn row(&mut self, sampled: usize) -> Vec<f32> {
+        self.logits(sampled).expect("between steps").to_vec()
+    }
+}
+
 /// A backend and the sequences it works on.
-pub struct Driver {
-    pub backend: CpuBackend,
+pub struct Driver<B = CpuBackend> {
+    pub backend: B,
     pub sequences: Vec<Sequence>,
     pub free_blocks: Vec<BlockId>,
     pub free_slots: Vec<u16>,
     pub step: Option<Box<Step>>,
 }
 
-impl Driver {
+impl Driver<CpuBackend> {
     pub fn new(gguf: &Gguf, options: &CpuOptions) -> Driver {
         let backend = CpuBackend::load(gguf, options, Box::new(|| {})).expect("the model loads");
+        Driver::over(backend, options.rows_max as u16)
+    }
+}
+
+impl<B: Shown> Driver<B> {
+    /// Drives this backend, which nobody has used yet.
+    pub fn over(backend: B, rows_max: u16) -> Driver<B> {
         Driver {
-            backend,
             sequences: Vec::new(),
-            free_blocks: (0..options.kv_blocks).collect(),
-            free_slots: (0..options.rows_max as u16).rev().collect(),
+            free_blocks: (0..backend.description().kv_blocks).collect(),
+            free_slots: (0..rows_max).rev().collect(),
             step: Some(Box::default()),
+            backend,
         }
     }
 
@@ -104,7 +124,7 @@ impl Driver {
             assert_eq!(sampled.seq, row.seq);
             let sequence = &mut self.sequences[row.seq.slot as usize];
             sequence.tokens.push(sampled.token);
-            let logits = self.backend.logits(number).expect("between steps");
+            let logits = self.backend.row(number);
             sequence.logits.push(logits.iter().map(|logit| logit.to_bits()).collect());
             let top = top.by_ref().take(usize::from(sampled.top_count));
             let top = top.map(|&(token, logprob)| (token, logprob.to_bits())).collect();

@@ -7,6 +7,8 @@ use std::rc::Rc;
 
 use forebay::base::{Instant, Prng};
 use forebay::device::{Backend, BackendDescription};
+use forebay::engine::room::PREFILL_TOKENS_MIN;
+use forebay::flow::{StepLoad, StepTimeModel};
 use forebay::message::{
     BLOCK_POSITIONS, BlockId, PlanRow, Sampled, SeqKey, Step, StepFailure, StepPlan,
 };
@@ -53,6 +55,9 @@ pub struct Device {
     /// The first breach of contract.
     pub breach: Option<String>,
     pub steps_run: u64,
+    /// What the engine believed of step times when it planned, up to which step.
+    paces: VecDeque<(u64, StepTimeModel)>,
+    pub steps_cut: u64,
 }
 
 /// The device core's handle on it.
@@ -75,6 +80,8 @@ impl SimBackend {
             weight_bytes: 0,
             workspace_bytes: 0,
             depth,
+            on_device: false,
+            host_bytes: 0,
         };
         SimBackend { device, description }
     }
@@ -109,6 +116,41 @@ impl Device {
             spoilt: BTreeSet::new(),
             breach: None,
             steps_run: 0,
+            paces: VecDeque::new(),
+            steps_cut: 0,
+        }
+    }
+
+    /// The engine has planned steps up to this number; the newest of them by this model.
+    pub fn expect_steps(&mut self, up_to: u64, pace: &StepTimeModel) {
+        if up_to > self.paces.back().map_or(self.last_number, |last| last.0) {
+            self.paces.push_back((up_to, pace.clone()));
+        }
+    }
+
+    /// A step in which somebody decodes takes no more prefill than the model lets end in time.
+    fn check_time(&mut self, plan: &StepPlan) -> Result<(), String> {
+        while self.paces.front().is_some_and(|(up_to, _)| *up_to < plan.number) {
+            self.paces.pop_front();
+        }
+        let (_, pace) = self.paces.front().ok_or("was not expected")?;
+        let is_decode = |row: &&PlanRow| row.token_count == 1 && row.sample && row.position > 0;
+        let (mut load, mut prefill_tokens) = (StepLoad::default(), 0);
+        for row in &plan.rows {
+            load = match row.token_count {
+                1 => load.plus_decode(row.position),
+                count => load.plus_prefill(row.position, count),
+            };
+            prefill_tokens += if is_decode(&row) { 0 } else { row.token_count };
+        }
+        if !plan.rows.iter().any(|row| is_decode(&row)) || prefill_tokens <= PREFILL_TOKENS_MIN {
+            return Ok(());
+        }
+        self.steps_cut += 1;
+        let (ns, target_ms) = (pace.predict_ns(load), self.options.limits.step_target_ms);
+        match ns <= target_ms * 1_000_000 {
+            true => Ok(()),
+            false => Err(format!("takes {ns} ns with {prefill_tokens} tokens of prefill")),
         }
     }
 
@@ -118,7 +160,8 @@ impl Device {
     }
 
     fn submit(&mut self, step: Box<Step>) {
-        if let Err(breach) = self.check_plan(&step.plan) {
+        let time = self.check_time(&step.plan);
+        if let Err(breach) = self.check_plan(&step.plan).and(time) {
             let number = step.plan.number;
             self.breach.get_or_insert(format!("step {number}: {breach}"));
         }

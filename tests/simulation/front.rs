@@ -310,6 +310,10 @@ impl Side for Front {
         self.requests.iter().filter_map(|request| request.end).for_each(|end| seen.count(end));
     }
 
+    fn rejected(&self) -> Option<u64> {
+        None
+    }
+
     fn pending(&self) -> Vec<String> {
         self.lines().collect()
     }

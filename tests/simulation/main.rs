@@ -74,5 +74,7 @@ fn every_request_gets_its_answer_or_an_honest_end_whatever_happens() {
 
 #[test]
 fn clients_that_speak_bytes_get_theirs_whatever_happens() {
-    run_seeds(Fronts::Bytes);
+    let seen = run_seeds(Fronts::Bytes);
+    // Of a single seed it cannot be asked.
+    assert!(seen.runs < 100 || seen.gate_refusals > 0, "nobody met a closed gate");
 }

@@ -149,6 +149,7 @@ fn draw_limits(prng: &mut Prng) -> Limits {
         parked_max: prng.between(0, 6) as u32,
         step_tokens_max: running_max + [0, 7, 64, 200][prng.index(4)],
         chunk_tokens_max: [1, 5, 64, 200][prng.index(4)],
+        step_target_ms: [1, 5, 50, 60_000][prng.index(4)],
         queue_ttl_ms: [20, 500, 5_000][prng.index(3)],
         stall_timeout_ms: [10, 300, 2_000][prng.index(3)],
         ..tiny

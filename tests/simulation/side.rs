@@ -40,6 +40,10 @@ pub trait Side {
     /// Counts how requests ended.
     fn count(&self, seen: &mut Seen);
 
+    /// Requests that the engine rejected, or its gate, by this side's own count; the simulator's
+    /// own does not count.
+    fn rejected(&self) -> Option<u64>;
+
     /// What is not over, a line each.
     fn pending(&self) -> Vec<String>;
 }

@@ -310,6 +310,10 @@ impl Side for Wire {
         asked.filter_map(|asked| asked.end).for_each(|end| seen.count(end));
     }
 
+    fn rejected(&self) -> Option<u64> {
+        Some(self.core.counters().requests_rejected)
+    }
+
     fn pending(&self) -> Vec<String> {
         let of_link = |(at, link): (usize, &Link)| {
             let state = match &link.state {

@@ -23,11 +23,16 @@ use crate::wire::Wire;
 /// Moves of a run, beyond any that is sane: a run that needs more is going in circles.
 const MOVES_MAX: u64 = 4_000_000;
 
+/// How many of the engine's last events a failure shows.
+const LAST_EVENTS: usize = 40;
+
 /// What a run that went well has seen, so that a test can tell that the runs reach the corners.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Seen {
     pub runs: u64,
     pub steps: u64,
+    /// Steps with decode rows and more prefill than the least, cut to the target.
+    pub steps_cut: u64,
     pub tokens: u64,
     pub finished: [u64; FinishReason::ALL.len()],
     pub rejected: [u64; RejectReason::ALL.len()],
@@ -37,6 +42,7 @@ pub struct Seen {
     pub parks: u64,
     pub resumes: u64,
     pub stale: u64,
+    pub gate_refusals: u64,
 }
 
 impl Seen {
@@ -50,6 +56,7 @@ impl Seen {
     pub fn add(&mut self, other: &Seen) {
         self.runs += other.runs;
         self.steps += other.steps;
+        self.steps_cut += other.steps_cut;
         self.tokens += other.tokens;
         self.preemptions += other.preemptions;
         self.reservations += other.reservations;
@@ -57,6 +64,7 @@ impl Seen {
         self.parks += other.parks;
         self.resumes += other.resumes;
         self.stale += other.stale;
+        self.gate_refusals += other.gate_refusals;
         self.finished.iter_mut().zip(other.finished).for_each(|(sum, n)| *sum += n);
         self.rejected.iter_mut().zip(other.rejected).for_each(|(sum, n)| *sum += n);
     }
@@ -236,13 +244,16 @@ impl World {
         let busy = match actor {
             0 => {
                 let busy = self.engine.tick(self.now);
+                let planned = self.engine.stats().counters.steps;
+                self.device.borrow_mut().expect_steps(planned, self.engine.pace());
                 self.engine.check_invariants()?;
                 self.check_links()?;
+                self.check_gate()?;
                 busy
             }
             1 => {
                 self.device.borrow_mut().now = self.now;
-                let busy = self.device_core.tick();
+                let busy = self.device_core.tick(self.now);
                 if let Some(breach) = &self.device.borrow().breach {
                     return Err(format!("the plan's contract: {breach}"));
                 }
@@ -271,6 +282,34 @@ impl World {
             front.check_links(batches_idle)?;
         }
         Ok(())
+    }
+
+    /// As of the end of every tick: the gate is closed for a reason that is there, open as soon as
+    /// there is none, and never open when the smallest request would be refused.
+    fn check_gate(&self) -> Result<(), String> {
+        let (stats, limits) = (self.engine.stats(), &self.options.limits);
+        let requests = stats.granted + stats.queued.iter().sum::<u32>();
+        let held = [
+            (u64::from(requests), u64::from(limits.queued_requests_max)),
+            (stats.queued_tokens, limits.queued_tokens_max),
+            (stats.queued_bytes, limits.queued_bytes_max),
+        ];
+        let is_full = held.iter().any(|(held, bound)| held >= bound);
+        let is_low = held.iter().all(|(held, bound)| *held <= bound - (bound / 16).max(1));
+        let is_table_full = self.engine.pending().count() == limits.sequences_max() as usize;
+        let (drains, lost) = (self.engine.is_draining(), self.engine.device_lost());
+        let gate = self.engine.gate();
+        let is_right = match gate.map(|closed| closed.reason) {
+            Some(RejectReason::ShuttingDown) => drains,
+            Some(RejectReason::NoCapacity) => lost,
+            Some(RejectReason::QueueFull) => is_table_full || !is_low,
+            Some(_) => false,
+            None => !(drains || lost || is_full || is_table_full),
+        };
+        match is_right {
+            true => Ok(()),
+            false => Err(format!("the gate is {gate:?} with {held:?}; {drains}, {lost}")),
+        }
     }
 
     /// Nobody has anything to do. Then, unless a step is at the device, nobody who could run may
@@ -343,6 +382,12 @@ impl World {
         if stats.counters.excess_credit > 0 {
             return Err("the engine was given more credit than it could use".into());
         }
+        let rejected: Option<u64> = self.fronts.iter().map(|front| front.rejected()).sum();
+        let counted: u64 = stats.counters.rejected.iter().sum();
+        let all_there = self.fronts.len() == self.options.fronts;
+        if all_there && rejected.is_some_and(|rejected| rejected != counted) {
+            return Err(format!("{rejected:?} were rejected, the engine knows of {counted}"));
+        }
         let counts = self.engine.census();
         if self.fronts.len() == self.options.fronts
             && counts.batches_idle.iter().any(|&batches| batches != EVENT_BATCHES)
@@ -355,6 +400,7 @@ impl World {
         let mut seen = Seen {
             runs: 1,
             steps: stats.counters.steps,
+            steps_cut: self.device.borrow().steps_cut,
             tokens: stats.counters.tokens_out,
             preemptions: stats.counters.preemptions,
             reservations: stats.counters.reservations,
@@ -362,6 +408,7 @@ impl World {
             parks: stats.counters.parks,
             resumes: stats.counters.resumes,
             stale: stats.counters.stale_messages,
+            gate_refusals: stats.counters.gate_refusals,
             ..Seen::default()
         };
         self.fronts.iter().for_each(|front| front.count(&mut seen));
@@ -378,6 +425,9 @@ impl World {
         ];
         lines.extend(self.engine.pending().map(|pending| format!("engine: {pending:?}")));
         lines.extend(self.fronts.iter().flat_map(|front| front.pending()));
+        let events = self.engine.recorder().events();
+        let last = &events[events.len().saturating_sub(LAST_EVENTS)..];
+        lines.extend(last.iter().map(|event| format!("{:>12} ns  {event}", event.at.as_ns())));
         lines.join("\n")
     }
 }

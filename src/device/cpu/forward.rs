@@ -8,6 +8,7 @@
 use std::io;
 use std::sync::Arc;
 
+use crate::device::contract::Bounds;
 use crate::device::cpu::acts::{Acts, Output};
 use crate::device::cpu::attention::{AttentionScratch, Queries, attend};
 use crate::device::cpu::kernels::{GROUP_MAX, Kernels, PANEL_ROWS};
@@ -15,7 +16,7 @@ use crate::device::cpu::kv::KvPool;
 use crate::device::cpu::memory::{Region, Staged};
 use crate::device::cpu::pack::Matrix;
 use crate::device::cpu::sample::{Choice, History, Scratch, choose};
-use crate::device::cpu::schedule::{AttendTask, Bounds, Schedule, WriteTask};
+use crate::device::cpu::schedule::{AttendTask, Schedule, WriteTask};
 use crate::device::cpu::weights::{Layer, Weights};
 use crate::device::cpu::workers::Lane;
 use crate::message::{BlockId, Sampled, Step, StepPlan, StepResult};
@@ -93,17 +94,10 @@ fn padded(columns: usize) -> usize {
     columns.next_multiple_of(PANEL_ROWS)
 }
 
-/// (cosine, sine) of every pair at every position below `context`: f64, rounded once.
+/// (cosine, sine) of every pair at every position below `context`.
 fn turns(rope: &Rope, context: usize) -> io::Result<Region<f32>> {
     let mut turns = Region::backed(context * rope.frequencies.len() * 2)?;
-    let pairs = turns.as_mut_slice().chunks_exact_mut(2);
-    let pairs_per_position = rope.frequencies.len().max(1);
-    for (index, pair) in pairs.enumerate() {
-        let position = (index / pairs_per_position) as f64;
-        let (sine, cosine) = (position * rope.frequencies[index % pairs_per_position]).sin_cos();
-        pair[0] = (cosine * rope.magnitude) as f32;
-        pair[1] = (sine * rope.magnitude) as f32;
-    }
+    rope.turns(turns.as_mut_slice());
     Ok(turns)
 }
 
@@ -152,7 +146,7 @@ impl Forward {
             inner_acts: Acts::new(tokens, config.ffn, &downs)?,
             head_acts: Acts::new(bounds.sampled_rows_max, config.hidden, &[&weights.head])?,
             logits: Region::backed(bounds.sampled_rows_max * padded(config.vocab))?,
-            schedule: Staged::new(Schedule::new(bounds)),
+            schedule: Staged::new(Schedule::new(bounds, config.kv_heads, config.group())),
             slots: (0..bounds.rows_max).map(|_| Staged::new(slot())).collect(),
             outcomes: (0..bounds.sampled_rows_max).map(|_| Staged::new(outcome())).collect(),
             own: (0..lanes).map(|_| own()).collect::<io::Result<_>>()?,

@@ -30,11 +30,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Instant;
 
+use crate::device::contract::Bounds;
 use crate::device::cpu::forward::Forward;
 use crate::device::cpu::kernels::Kernels;
 use crate::device::cpu::kv::{KvLayout, KvPool};
 use crate::device::cpu::memory::Staged;
-use crate::device::cpu::schedule::Bounds;
 use crate::device::cpu::weights::{Weights, WeightsError};
 use crate::device::cpu::workers::{Job, Lane, Workers};
 use crate::device::{Backend, BackendDescription};
@@ -174,8 +174,6 @@ impl CpuBackend {
             step_tokens_max: options.step_tokens_max,
             context_max: options.context_max,
             sampled_rows_max: options.sampled_rows_max,
-            kv_heads: config.kv_heads,
-            group: config.group(),
         };
         let forward = Forward::new(kernels, (config, &rope), weights, kv, bounds, lanes);
         let forward = forward.map_err(LoadError::system("memory for steps"))?;
@@ -187,6 +185,8 @@ impl CpuBackend {
             weight_bytes: forward.weight_bytes(),
             workspace_bytes: forward.workspace_bytes(),
             depth: 1,
+            on_device: false,
+            host_bytes: 0,
         };
         let shared = Arc::new(Shared {
             forward,
@@ -204,19 +204,6 @@ impl CpuBackend {
     /// The model's shape.
     pub fn config(&self) -> &ModelConfig {
         self.shared.forward.config()
-    }
-
-    /// Runs a step and waits for it: for tests, benchmarks and single generations.
-    pub fn run(&mut self, step: Box<Step>) -> Box<Step> {
-        self.submit(step);
-        loop {
-            if let Some(step) = self.poll() {
-                return step;
-            }
-            // Workers are busy with the step; this thread has nothing else to do, and a condition
-            // variable would put a lock into every completion for the sake of this helper.
-            std::thread::park_timeout(std::time::Duration::from_micros(50));
-        }
     }
 
     /// Logits of a sampled row of the last step, after penalties and bias; `None` while a step

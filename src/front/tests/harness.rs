@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::base::Instant;
-use crate::flow::Receiver;
+use crate::flow::{GateKeeper, Receiver};
 use crate::front::{Action, ByteTokeniser, CloseHow, ConnId, FrontCore, FrontSettings};
 use crate::limits::Limits;
 use crate::message::{
@@ -42,6 +42,7 @@ pub(super) struct Harness {
     pub(super) now: Instant,
     requests: Receiver<RequestMessage>,
     control: Consumer<ControlMessage>,
+    pub(super) gate: GateKeeper,
     events: Producer<Box<EventBatch>>,
     #[expect(clippy::vec_box, reason = "the ring carries boxes")]
     boxes: Vec<Box<EventBatch>>,
@@ -69,12 +70,13 @@ impl Harness {
 
     pub(super) fn with(settings: FrontSettings) -> Harness {
         let (port, ends) = connect_front(&settings.limits, &Doorbell::new(), &Doorbell::new());
-        let FrontPort { requests, control, events, .. } = port;
+        let FrontPort { requests, control, gate, events, .. } = port;
         Harness {
             core: FrontCore::new(settings, Box::new(ByteTokeniser::new(300)), ends),
             now: Instant::ZERO,
             requests,
             control,
+            gate,
             events,
             boxes: (0..EVENT_BATCHES).map(|_| Box::default()).collect(),
             decoders: BTreeMap::new(),

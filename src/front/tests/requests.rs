@@ -1,6 +1,7 @@
 //! Ask, grant, body, tokens, submission; refusals and their reasons.
 
 use super::harness::*;
+use crate::flow::Closed;
 use crate::front::SLICE_BYTES;
 use crate::message::{ControlMessage, Event};
 use crate::protocol::{
@@ -76,6 +77,33 @@ fn the_body_is_taken_only_after_the_grant() {
     assert_eq!(world.submission().tokens, [100, 101, 102]);
     assert_eq!(world.core.pipeline.ingest_bytes, 0);
 }
+
+#[test]
+fn at_a_closed_gate_a_request_is_refused_as_by_the_engine_and_goes_no_further() {
+    let mut world = Harness::new();
+    let conn = world.welcomed();
+    let (reason, retry_after_ms) = (RejectReason::QueueFull, Some(7));
+    world.gate.show(Class::Default, Some(Closed { reason, retry_after_ms, apart_us: 0 }));
+    world.request(conn, 1, &text_request("abc"));
+    world.no_request();
+    let at_gate = world.got(conn);
+    assert_eq!((world.core.streams(), world.core.pipeline.ingest_bytes), (0, 0));
+
+    world.gate.show(Class::Default, None);
+    world.request(conn, 2, &text_request("abc"));
+    let ask = world.ask();
+    world.tell(Event::Reject { stream: ask.stream, reason, retry_after_ms });
+    let by_engine = world.got(conn);
+    let rejected = |number| Got::Rejected(number, reason, retry_after_ms, FULL.into());
+    assert_eq!(at_gate, [rejected(1), Got::RequestCredit(1)]);
+    assert_eq!(by_engine, [rejected(2), Got::RequestCredit(1)]);
+    let counters = world.core.counters();
+    assert_eq!((counters.requests_rejected, counters.requests_refused), (2, 0));
+    let counted = world.gate.take_refusals().expect("the first was refused at the gate");
+    assert_eq!(counted[reason as usize], 1);
+}
+
+const FULL: &str = "the queue is full";
 
 #[test]
 fn a_rejected_requests_body_is_skipped_as_it_arrives() {
