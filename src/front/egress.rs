@@ -151,9 +151,11 @@ mod tests {
         let mut egress = Egress::default();
         egress.output(A, 2, |out| out.extend_from_slice(b"aaaa"));
         egress.output(B, 3, |out| out.extend_from_slice(b"bbbb"));
+        let buffer = egress.take_send().unwrap();
+        egress.handle_sent(buffer, 3, |_, _| panic!("a byte of them is left"));
         let mut taken = Vec::new();
         let buffer = egress.take_send().unwrap();
-        egress.handle_sent(buffer, 5, |stream, tokens| taken.push((stream, tokens)));
+        egress.handle_sent(buffer, 2, |stream, tokens| taken.push((stream, tokens)));
         assert_eq!(taken, [(A, 2)]);
         egress.reply(|out| out.push(b'c'));
         let buffer = egress.take_send().unwrap();

@@ -29,6 +29,7 @@ pub struct Front {
     held: VecDeque<(Instant, Box<EventBatch>)>,
     asks_unanswered: u32,
     faults: bool,
+    draining: bool,
 }
 
 impl Front {
@@ -57,6 +58,7 @@ impl Front {
             held: VecDeque::new(),
             asks_unanswered: 0,
             faults: true,
+            draining: false,
         }
     }
 
@@ -140,6 +142,7 @@ impl Front {
         }
         if !request.cancelled && request.cancel_at().is_some_and(|at| at <= now) {
             request.cancelled = true;
+            request.must_end(now);
             let cancel = ControlMessage::Cancel { seq, reason: FinishReason::Cancelled };
             assert!(self.ends.control.push(cancel).is_ok());
             return true;
@@ -215,6 +218,7 @@ impl Front {
         let sent = self.ends.requests.send(RequestMessage::Submit(Box::new(submission)));
         assert!(sent.is_ok(), "there was a credit");
         request.submitted = true;
+        request.submitted_late = self.draining;
         true
     }
 }
@@ -222,6 +226,9 @@ impl Front {
 impl Side for Front {
     fn tick(&mut self, now: Instant) -> Result<bool, String> {
         let mut busy = self.receive(now)?;
+        if let Some(late) = self.requests.iter().find(|request| request.is_overdue(now)) {
+            return Err(format!("request {:?} is overdue: cancelled or drained", late.key));
+        }
         busy |= self.give_back(now);
         for at in 0..self.requests.len() {
             busy |= self.advance(at, now);
@@ -256,7 +263,10 @@ impl Side for Front {
     }
 
     /// Clients are told nothing: the engine refuses and ends what it must.
-    fn begin_drain(&mut self, _now: Instant, _until: Instant) {}
+    fn begin_drain(&mut self, _now: Instant, until: Instant) {
+        self.draining = true;
+        self.requests.iter_mut().for_each(|request| request.must_end(until));
+    }
 
     fn is_over(&self) -> bool {
         self.requests.iter().all(Request::is_over)
@@ -276,6 +286,14 @@ impl Side for Front {
         let control = self.ends.control.capacity() - self.ends.control.free();
         if here > EVENT_BATCHES || here + control < EVENT_BATCHES {
             return Err(format!("front {}: not {EVENT_BATCHES} batches (I1)", self.number));
+        }
+        Ok(())
+    }
+
+    fn check_links_at_end(&mut self) -> Result<(), String> {
+        let (credits, capacity) = (self.ends.requests.credits(), self.ends.requests.capacity());
+        if credits != capacity {
+            return Err(format!("front {}: {credits} of {capacity} credits (I1)", self.number));
         }
         Ok(())
     }

@@ -10,6 +10,9 @@ use forebay::request::{Class, FinishReason, RejectReason, SamplingParams, TokenI
 use crate::model::{self, Answer, Question};
 use crate::options::Options;
 
+/// Time from an end's cause to its event: far more than a front core ever sits on its batches.
+const END_MS_MAX: u64 = 200;
+
 /// When its client gives up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CancelWhen {
@@ -128,6 +131,10 @@ pub struct Request {
     pub granted: Option<(SeqKey, Instant)>,
     pub submitted: bool,
     pub cancelled: bool,
+    /// It must be over by then: it was cancelled, or the drain is.
+    pub over_by: Option<Instant>,
+    /// It was submitted into a drain: too late to be accepted.
+    pub submitted_late: bool,
     accepted: bool,
     paused: bool,
     tokens: Vec<TokenId>,
@@ -161,6 +168,8 @@ impl Request {
             granted: None,
             submitted: false,
             cancelled: false,
+            over_by: None,
+            submitted_late: false,
             accepted: false,
             paused: false,
             tokens: Vec::new(),
@@ -176,6 +185,17 @@ impl Request {
 
     pub fn is_over(&self) -> bool {
         self.end.is_some()
+    }
+
+    /// From `at` on nothing keeps it from its end but the way there.
+    pub fn must_end(&mut self, at: Instant) {
+        let by = at.plus_ms(END_MS_MAX);
+        self.over_by = Some(self.over_by.map_or(by, |before| before.min(by)));
+    }
+
+    /// Whether its end is overdue.
+    pub fn is_overdue(&self, now: Instant) -> bool {
+        self.end.is_none() && self.granted.is_some() && self.over_by.is_some_and(|by| by < now)
     }
 
     pub fn output_tokens(&self) -> usize {
@@ -250,7 +270,11 @@ impl Request {
             }
             Event::Accepted { prompt_tokens, .. } => {
                 let wrong = prompt_tokens as usize != self.plan.question.prompt.len();
-                if wrong || !self.submitted || std::mem::replace(&mut self.accepted, true) {
+                if wrong
+                    || !self.submitted
+                    || self.submitted_late
+                    || std::mem::replace(&mut self.accepted, true)
+                {
                     return Err(format!("{event:?} is wrong or out of place"));
                 }
             }

@@ -31,6 +31,9 @@ pub trait Side {
     /// Checks what can be said of the links, given the batches that the engine has.
     fn check_links(&mut self, batches_idle: usize) -> Result<(), String>;
 
+    /// Checks the links when everything is over and nobody has anything to do.
+    fn check_links_at_end(&mut self) -> Result<(), String>;
+
     /// All tokens there can be, and the time in milliseconds that clients take to read them.
     fn work(&self) -> (u64, u64);
 

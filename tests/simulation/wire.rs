@@ -288,6 +288,11 @@ impl Side for Wire {
         Ok(())
     }
 
+    /// The real front core keeps its links to itself.
+    fn check_links_at_end(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
     fn work(&self) -> (u64, u64) {
         let all = self.links.iter().flat_map(|link| {
             link.client.asked.iter().map(|asked| (&asked.plan, link.client.manners.byte_ns))

@@ -394,6 +394,9 @@ impl World {
         {
             return Err(format!("{:?}: batches are not all back (I1)", counts.batches_idle));
         }
+        for front in &mut self.fronts {
+            front.check_links_at_end()?;
+        }
         let mut seen = Seen {
             runs: 1,
             steps: stats.counters.steps,

@@ -248,6 +248,25 @@ impl Harness {
         self.settle();
     }
 
+    /// A client's frame, at a time when the engine reads nothing of what is for it.
+    pub(super) fn send_unheard(&mut self, conn: ConnId, frame: ClientFrame<'_>) {
+        let mut bytes = Vec::new();
+        frame.encode(&mut bytes);
+        self.core.handle_received(conn, &bytes, self.now);
+        while self.core.tick(self.now) {}
+    }
+
+    /// Sends every batch there is, and returns how many came back before anything was read of
+    /// what is for the engine.
+    pub(super) fn batches_back_from_a_deaf_engine(&mut self) -> usize {
+        for batch in self.boxes.drain(..) {
+            self.events.push(batch).expect("room for all batches");
+        }
+        while self.core.tick(self.now) {}
+        self.settle();
+        self.boxes.len()
+    }
+
     pub(super) fn grant(&mut self, ask: &Ask) -> SeqKey {
         let seq = SeqKey { slot: self.next_seq, generation: 1 };
         self.next_seq += 1;
