@@ -118,3 +118,11 @@ fn no_change_to_a_file_makes_loading_panic_or_ask_for_absurd_memory() {
     // Otherwise the inputs would all be refused at the door and test nothing.
     assert!(stages.iter().all(|&count| count > INPUTS / 100), "{stages:?}");
 }
+
+#[test]
+#[ignore = "writes a file: what the coverage-guided fuzzer begins with (tests/fuzz/run)"]
+fn a_whole_model_is_a_seed_of_the_fuzzer() {
+    let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz/corpus/gguf");
+    std::fs::create_dir_all(corpus).unwrap();
+    std::fs::write(format!("{corpus}/whole"), whole()).unwrap();
+}

@@ -75,3 +75,14 @@ fn thousands_of_damaged_conversations_break_nothing() {
     assert!(reached.iter().all(|&count| count > INPUTS / 50), "{reached:?}");
     assert_eq!(run(&[]), Stage::Refused);
 }
+
+#[test]
+#[ignore = "writes files: what the coverage-guided fuzzer begins with (tests/fuzz/run)"]
+fn whole_conversations_are_seeds_of_the_fuzzer() {
+    let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz/corpus/protocol");
+    std::fs::create_dir_all(corpus).unwrap();
+    let mut prng = Prng::new(1);
+    for number in 0..64 {
+        std::fs::write(format!("{corpus}/{number}"), conversation(&mut prng)).unwrap();
+    }
+}
