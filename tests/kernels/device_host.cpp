@@ -1,7 +1,4 @@
-// The host run as a device. Arrays are separate allocations, for AddressSanitizer's sake.
-#include <stdio.h>
-#include <stdlib.h>
-
+// The host run as a device.
 #include "device.h"
 #include "host/run.h"
 
@@ -12,15 +9,8 @@ public:
   bool is_gpu() const override { return false; }
   std::string name() const override { return "host run"; }
   bool has(const char *kernel) override { return fb_host_has(kernel); }
-  void *allocate(size_t bytes) override {
-    void *memory = nullptr;
-    if (posix_memalign(&memory, 256, bytes) != 0) {
-      abort();
-    }
-    memset(memory, 0xff, bytes);
-    return memory;
-  }
-  void release(void *pointer) override { free(pointer); }
+  void *allocate(size_t bytes) override { return fb_host_allocate(bytes); }
+  void release(void *pointer) override { fb_host_release(pointer); }
   void upload(void *to, const void *from, size_t bytes) override { memcpy(to, from, bytes); }
   void download(void *to, const void *from, size_t bytes) override { memcpy(to, from, bytes); }
   void copy(void *to, const void *from, size_t bytes) override { memcpy(to, from, bytes); }
@@ -34,4 +24,7 @@ public:
 
 } // namespace
 
-std::unique_ptr<Device> make_host_device() { return std::make_unique<HostDevice>(); }
+std::unique_ptr<Device> make_host_device() {
+  fb_host_report_faults();
+  return std::make_unique<HostDevice>();
+}

@@ -22,6 +22,9 @@ struct Group {
 };
 
 const Group groups[] = {
+#ifdef FOREBAY_HOST
+    {"planted", test_planted},
+#endif
     {"norm", test_norm_and_embedding},
     {"gemm", test_gemm},
     {"attention", test_attention},

@@ -222,3 +222,4 @@ void test_gemm(bool subset);
 void test_attention(bool subset);
 void test_sampling(bool subset);
 void test_copies(bool subset);
+void test_planted(bool subset); // of the host run itself

@@ -237,6 +237,23 @@ void heads_case(Heads heads, bool is_short) {
   scene.check_step({{2, 1099, 1}}, "a long context alone, a split at a time", 1);
 }
 
+// Every so many contexts up to `length`, each decoded alone where a prefill in chunks was.
+void contexts_case(Heads heads, uint32_t length, uint32_t every) {
+  Scene scene(heads, 1, length);
+  const uint32_t chunk = 93;
+  for (uint32_t first = 0; first < length; first += chunk) {
+    scene.check_step({{0, first, std::min(chunk, length - first)}}, "a chunk of a prefill");
+  }
+  std::vector<Part> parts;
+  for (uint32_t position = 0; position < length; position += every) {
+    parts.push_back({0, position, 1});
+    if (parts.size() == 64 || position + every >= length) {
+      scene.check_step(parts, "decode in many contexts");
+      parts.clear();
+    }
+  }
+}
+
 } // namespace
 
 void test_attention(bool subset) {
@@ -246,6 +263,10 @@ void test_attention(bool subset) {
     heads_case({2, 2, 64}, true);
     heads_case({16, 2, 128}, true);
     heads_case({6, 2, 96}, false);
+    heads_case({16, 1, 64}, true);
+    heads_case({14, 2, 64}, true);
+    heads_case({40, 5, 64}, true); // more heads than the merge has warps
+    contexts_case({3, 1, 64}, device->is_gpu() ? 1100 : 330, device->is_gpu() ? 1 : 7);
   }
   if (device->is_gpu() && !subset) {
     heads_case({32, 8, 128}, false);

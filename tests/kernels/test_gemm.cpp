@@ -14,7 +14,7 @@ struct Shape {
   uint32_t heads, kv_heads, head_dim, rope_dims; // qkv
 };
 
-constexpr uint32_t kTokens = 70, kBlocks = 5, kContext = 300;
+constexpr uint32_t kTokens = 100, kBlocks = 5, kContext = 300;
 
 // One weight, the activations of kTokens tokens, and what comes out in f64.
 class Case {
@@ -270,8 +270,18 @@ void gemm_case(const Shape &shape, uint32_t type, bool subset) {
     return;
   }
   it.check_run(32, tokens(69, 29, 69)); // backwards
-  it.check_run(64, tokens(0, 70));
+  it.check_run(64, tokens(0, kTokens));
   it.check_run(64, tokens(1, 69), IN_TURN);
+}
+
+// One token alone in tiles of every size, and in every place of them.
+void places_case(const Shape &shape, uint32_t type) {
+  Case it(shape, type);
+  for (const uint32_t n : {8u, 16u, 32u, 64u}) {
+    it.check_run(n, {5});
+    it.check_run(n, std::vector<uint32_t>(n, 5));
+  }
+  it.check_run(64, std::vector<uint32_t>(64, 5), IN_TURN);
 }
 
 } // namespace
@@ -297,6 +307,9 @@ void test_gemm(bool subset) {
   };
   for (uint32_t type = 0; type < 4; type++) {
     for (const Shape &shape : shapes) {
+      if (!subset && (shape.rows == 576 || shape.rows == 16)) {
+        places_case(shape, type);
+      }
       const bool is_small = (uint64_t)shape.rows * shape.columns < 600000;
       if (!subset || is_small) {
         gemm_case(shape, type, subset);

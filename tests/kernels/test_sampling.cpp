@@ -327,6 +327,86 @@ void set_oddities(std::vector<Request> &requests, uint32_t vocab) {
   }
 }
 
+// How often each token comes, against how often it should: chi-square, of which chance alone gives
+// more than the limit once in 10,000. `by_seed`: one position of many seeds, or the other way round.
+void frequency_case(const Filters &f, bool by_seed, uint32_t rounds) {
+  const uint32_t vocab = 40, rows_count = 128;
+  Random random(rounds + by_seed);
+  const Request request = request_of(random, f, BELL, vocab);
+  const std::vector<Candidate> all = ordered(request.logits);
+  std::vector<double> weights, chance(vocab);
+  for (const Candidate &candidate : all) {
+    weights.push_back(exp2((candidate.logit - all[0].logit) * 1.44269504088896 / f.temperature));
+  }
+  const size_t end = kept(all, weights, request.slot, vocab, 1, 1);
+  double total = 0;
+  for (size_t i = 0; i < end; i++) {
+    total += weights[i];
+  }
+  for (size_t i = 0; i < end; i++) {
+    chance[all[i].token] = weights[i] / total;
+  }
+  std::vector<double> seen(vocab);
+  std::vector<float> logits;
+  std::vector<uint32_t> indices;
+  for (uint32_t i = 0; i < rows_count; i++) {
+    logits.insert(logits.end(), request.logits.begin(), request.logits.end());
+    indices.push_back(i);
+  }
+  const Array<float> logits_at(logits);
+  const Array<uint32_t> indices_at(indices), last(rows_count);
+  const Array<fb_bias> biases(1);
+  const Array<fb_step> step(std::vector<fb_step>{{rows_count, rows_count, rows_count, 0}});
+  for (uint32_t round = 0; round < rounds; round++) {
+    std::vector<fb_row> rows;
+    std::vector<fb_slot> slots(rows_count, request.slot);
+    for (uint32_t i = 0; i < rows_count; i++) {
+      const uint32_t number = round * rows_count + i;
+      rows.push_back({i, 1, by_seed ? 17 : number, 0, i, i});
+      slots[i].seed = by_seed ? number : 12345;
+    }
+    const Array<fb_row> rows_at(rows);
+    const Array<fb_slot> slots_at(slots);
+    const Array<uint32_t> counts(std::vector<uint32_t>(rows_count * vocab));
+    const Array<fb_sampled> results_at(rows_count);
+    device->run("forebay_sample", {rows_count}, 1024, 0,
+                fb_sample{logits_at.at(), indices_at.at(), rows_at.at(), step.at(), slots_at.at(),
+                          biases.at(), counts.at(), last.at(), results_at.at(), vocab, 0});
+    for (const fb_sampled &result : results_at.values()) {
+      seen[std::min(result.token, vocab - 1)]++;
+    }
+  }
+  // Tokens that are hardly ever due are counted together.
+  const double draws = (double)rounds * rows_count;
+  double chi_square = 0, rare_seen = 0, rare_due = 0;
+  int terms = 0;
+  bool all_allowed = true;
+  const auto add = [&](double count, double due) {
+    chi_square += (count - due) * (count - due) / due;
+    terms++;
+  };
+  for (uint32_t token = 0; token < vocab; token++) {
+    const double due = chance[token] * draws;
+    all_allowed = all_allowed && (due > 0 || seen[token] == 0);
+    if (due >= 8) {
+      add(seen[token], due);
+    } else {
+      rare_seen += seen[token];
+      rare_due += due;
+    }
+  }
+  if (rare_due > 0) {
+    add(rare_seen, rare_due);
+  }
+  const double degrees = terms - 1, part = 2 / (9 * degrees);
+  const double limit = degrees * pow(1 - part + 3.719 * sqrt(part), 3); // Wilson and Hilferty
+  const std::string what = std::string("frequencies, ") + f.name + (by_seed ? ", by seed" : ", by position");
+  check(all_allowed, what + ": a token that is cut came");
+  check(terms > 2 && chi_square < limit, what + ": chi-square " + std::to_string(chi_square) + " of " +
+                                             std::to_string(degrees) + " degrees, limit " +
+                                             std::to_string(limit));
+}
+
 void vocab_case(uint32_t vocab, uint32_t every) {
   Random random(vocab);
   std::vector<Request> requests;
@@ -355,5 +435,14 @@ void test_sampling(bool subset) {
   vocab_case(49152, device->is_gpu() ? 2 : 6);
   if (device->is_gpu()) {
     vocab_case(128256, 2);
+  }
+  // 1e5 draws each on a GPU. On a CPU a draw takes 10 ms, and rows above say more by the draw.
+  const uint32_t rounds = device->is_gpu() ? 800 : 3; // of 128 draws
+  frequency_case({"hot, top-p 0.9", 1.3f, 0.9f, 0, 0, 1, 0, 0, 0, 0}, true, rounds);
+  frequency_case({"plain", 1, 1, 0, 0, 1, 0, 0, 0, 0}, false, rounds);
+  if (device->is_gpu()) {
+    frequency_case({"hot, top-p 0.9", 1.3f, 0.9f, 0, 0, 1, 0, 0, 0, 0}, false, rounds);
+    frequency_case({"plain", 1, 1, 0, 0, 1, 0, 0, 0, 0}, true, rounds);
+    frequency_case({"top-k 12, min-p", 1.5f, 1, 0.02f, 12, 1, 0, 0, 0, 0}, true, rounds);
   }
 }

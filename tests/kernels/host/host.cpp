@@ -2,14 +2,17 @@
 #include "host.h"
 
 #include <dlfcn.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <map>
 #include <random>
 #include <vector>
 
+#include "planted.h"
 #include "run.h"
 #include "../../../kernels/abi.h"
 
@@ -73,6 +76,7 @@ struct Fiber {
   void *stack_pointer;
   char *stack;
   State state;
+  int barrier; // line of the barrier where it waits
   dim3 index;
   Lane lane;
   std::vector<Copy> copies;
@@ -81,10 +85,12 @@ struct Fiber {
 
 std::vector<Fiber> fibers;
 std::vector<uint32_t> order;
-std::vector<char> dynamic_shared;
+char *dynamic_shared;
+size_t dynamic_shared_bytes;
 std::mt19937 generator(1);
 void *scheduler;
 uint32_t running, threads, at_barrier, done;
+bool is_running;
 const char *kernel_name;
 void (*call)(const void *params, void *function);
 const void *call_params;
@@ -141,7 +147,9 @@ void start(uint32_t index) {
 }
 
 void run_block() {
-  std::fill(dynamic_shared.begin(), dynamic_shared.end(), (char)kNaN);
+  if (dynamic_shared_bytes > 0) {
+    memset(dynamic_shared, kNaN, dynamic_shared_bytes);
+  }
   if (__start_fb_shared != nullptr) {
     memset(__start_fb_shared, kNaN, __stop_fb_shared - __start_fb_shared);
   }
@@ -157,12 +165,17 @@ void run_block() {
         moved = true;
         running = index;
         threadIdx = fibers[index].index;
+        is_running = true;
         fb_host_switch(&scheduler, fibers[index].stack_pointer);
+        is_running = false;
       }
     }
     if (!moved && at_barrier == threads) {
       at_barrier = 0;
       for (uint32_t i = 0; i < threads; i++) {
+        if (fibers[i].barrier != fibers[0].barrier) {
+          fail("threads meet at different barriers");
+        }
         fibers[i].state = kReady;
       }
       std::shuffle(order.begin(), order.end(), generator);
@@ -315,8 +328,50 @@ const Family families[] = {
     family<fb_embed>("forebay_embed"),         family<fb_rmsnorm>("forebay_rmsnorm"),
     family<fb_gemm>("forebay_gemm"),           family<fb_attention>("forebay_attention"),
     family<fb_sample>("forebay_sample"),       family<fb_count>("forebay_count"),
-    family<fb_kv_copy>("forebay_kv_copy"),
+    family<fb_kv_copy>("forebay_kv_copy"),     family<fb_planted>("forebay_planted"),
 };
+
+void take_dynamic_shared(size_t bytes) {
+  if (dynamic_shared != nullptr && bytes != dynamic_shared_bytes) {
+    fb_host_release(dynamic_shared);
+    dynamic_shared = nullptr;
+  }
+  if (dynamic_shared == nullptr && bytes > 0) {
+    dynamic_shared = (char *)fb_host_allocate(bytes);
+  }
+  dynamic_shared_bytes = bytes;
+}
+
+// In no order that a kernel could rely on.
+std::vector<dim3> blocks_of(const uint32_t grid[3]) {
+  std::vector<dim3> blocks;
+  for (uint32_t z = 0; z < grid[2]; z++) {
+    for (uint32_t y = 0; y < grid[1]; y++) {
+      for (uint32_t x = 0; x < grid[0]; x++) {
+        blocks.push_back({x, y, z});
+      }
+    }
+  }
+  std::shuffle(blocks.begin(), blocks.end(), generator);
+  return blocks;
+}
+
+#ifndef __SANITIZE_ADDRESS__
+constexpr size_t kPageBytes = 4096;
+
+struct Mapping {
+  char *start; // the array ends where its last page does, but for what keeps it aligned
+  size_t bytes, array_bytes;
+};
+std::map<void *, Mapping> mappings;
+
+void on_fault(int signal) {
+  if (is_running) {
+    fail("touched memory that is nobody's");
+  }
+  ::signal(signal, SIG_DFL); // and once more
+}
+#endif
 
 } // namespace
 
@@ -348,18 +403,72 @@ void fb_host_launch(const char *name, const uint32_t grid[3], const uint32_t blo
   for (uint32_t i = 0; i < threads; i++) {
     order[i] = i;
   }
-  dynamic_shared.assign(shared_bytes, 0); // 16-byte aligned, as operator new gives
-  dynamic_shared.shrink_to_fit();
-  for (blockIdx.z = 0; blockIdx.z < grid[2]; blockIdx.z++) {
-    for (blockIdx.y = 0; blockIdx.y < grid[1]; blockIdx.y++) {
-      for (blockIdx.x = 0; blockIdx.x < grid[0]; blockIdx.x++) {
-        run_block();
-      }
-    }
+  take_dynamic_shared(shared_bytes);
+  for (const dim3 &block : blocks_of(grid)) {
+    blockIdx = block;
+    run_block();
   }
 }
 
-void fb_host_syncthreads() {
+#ifdef __SANITIZE_ADDRESS__
+// The sanitizer sees every access beyond what was asked for.
+void *fb_host_allocate(size_t bytes) {
+  void *memory = nullptr;
+  if (posix_memalign(&memory, 16, bytes) != 0) {
+    abort();
+  }
+  return memset(memory, kNaN, bytes);
+}
+void fb_host_release(void *memory) { free(memory); }
+void fb_host_report_faults() {}
+#else
+// With a page behind it that cannot be touched. No more than 16-byte aligned, as abi.h says.
+void *fb_host_allocate(size_t bytes) {
+  const size_t aligned = (bytes + 15) / 16 * 16;
+  const size_t pages = (aligned + kPageBytes - 1) / kPageBytes * kPageBytes;
+  char *start = (char *)mmap(nullptr, pages + kPageBytes, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED || mprotect(start + pages, kPageBytes, PROT_NONE) != 0) {
+    abort();
+  }
+  memset(start, kNaN, pages);
+  char *array = start + pages - aligned;
+  mappings[array] = {start, pages, bytes};
+  return array;
+}
+
+void fb_host_release(void *memory) {
+  const auto found = mappings.find(memory);
+  const Mapping mapping = found->second;
+  const char *array = (const char *)memory;
+  for (const char *at = mapping.start; at < mapping.start + mapping.bytes; at++) {
+    const bool is_ours = at >= array && at < array + mapping.array_bytes;
+    if (!is_ours && *at != (char)kNaN) {
+      fail("an array's surroundings were written (the kernel named is the last that ran)");
+    }
+    at = is_ours ? array + mapping.array_bytes - 1 : at;
+  }
+  mappings.erase(found);
+  munmap(mapping.start, mapping.bytes + kPageBytes);
+}
+
+// The faulting thread's stack is a fiber's, which may be the very fault: a stack of its own.
+void fb_host_report_faults() {
+  static char stack[64 << 10];
+  stack_t own = {};
+  own.ss_sp = stack;
+  own.ss_size = sizeof(stack);
+  sigaltstack(&own, nullptr);
+  struct sigaction action = {};
+  action.sa_handler = on_fault;
+  action.sa_flags = SA_ONSTACK;
+  sigaction(SIGSEGV, &action, nullptr);
+  sigaction(SIGBUS, &action, nullptr);
+}
+#endif
+
+void fb_host_syncthreads(int line) {
+  self().barrier = line;
   at_barrier++;
   pause(kAtBarrier);
 }
@@ -400,8 +509,8 @@ void fb_host_cp_async(void *dst, const void *src, int bytes, int src_bytes) {
   if ((uintptr_t)dst % bytes != 0 || (src_bytes > 0 && (uintptr_t)src % bytes != 0)) {
     fail("cp.async between addresses that are not aligned");
   }
-  const char *to = (const char *)dst, *begin = dynamic_shared.data();
-  if (to < begin || to + bytes > begin + dynamic_shared.size()) {
+  const char *to = (const char *)dst, *begin = dynamic_shared;
+  if (to < begin || to + bytes > begin + dynamic_shared_bytes) {
     fail("cp.async to outside the block's dynamic shared memory");
   }
   memset(dst, kNaN, bytes);
@@ -427,4 +536,4 @@ void fb_host_cp_async_wait(int pending) {
   copies.resize(kept);
 }
 
-void *fb_host_dynamic_shared() { return dynamic_shared.data(); }
+void *fb_host_dynamic_shared() { return dynamic_shared; }

@@ -45,7 +45,7 @@ enum fb_host_shuffle_kind { FB_SHUFFLE_XOR, FB_SHUFFLE_INDEX, FB_SHUFFLE_UP, FB_
 uint64_t fb_host_shuffle(fb_host_shuffle_kind kind, uint32_t mask, uint64_t value, uint32_t by);
 uint32_t fb_host_ballot(uint32_t mask, bool value);
 void fb_host_syncwarp(uint32_t mask);
-void fb_host_syncthreads();
+void fb_host_syncthreads(int line);
 
 template <typename T>
 inline T fb_host_shuffled(fb_host_shuffle_kind kind, uint32_t mask, T value, uint32_t by) {
@@ -71,7 +71,8 @@ template <typename T> inline T __shfl_down_sync(uint32_t mask, T value, uint32_t
 inline uint32_t __ballot_sync(uint32_t mask, bool value) { return fb_host_ballot(mask, value); }
 inline int __any_sync(uint32_t mask, bool value) { return fb_host_ballot(mask, value) != 0; }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) { fb_host_syncwarp(mask); }
-inline void __syncthreads() { fb_host_syncthreads(); }
+// All of a block meet at the same one, which its line tells.
+inline void __syncthreads(int line = __builtin_LINE()) { fb_host_syncthreads(line); }
 
 // Compiled with -ffp-contract=off, so that nothing but these fuses.
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
