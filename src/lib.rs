@@ -75,7 +75,7 @@ pub mod limits;
 pub mod message;
 #[cfg(feature = "server")]
 pub mod model;
-#[cfg(feature = "core")]
+#[cfg(feature = "server")]
 pub mod ports;
 #[cfg(feature = "core")]
 pub mod ring;
