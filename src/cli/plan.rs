@@ -130,6 +130,7 @@ pub(super) fn envelope(
         kv_block_bytes: backend.kv_block_bytes,
         weight_bytes: backend.weight_bytes,
         workspace_bytes: backend.workspace_bytes,
+        history_bytes: backend.history_bytes,
         on_device: backend.on_device,
         host_bytes: backend.host_bytes,
         sequence_bytes: SEQUENCE_BYTES as u64,

@@ -57,6 +57,8 @@ pub struct Sizes {
     pub weight_bytes: u64,
     /// The backend's step workspace, sampling state included.
     pub workspace_bytes: u64,
+    /// Penalty histories that are taken as they are used; 0 where they are in the workspace.
+    pub history_bytes: u64,
     /// Whether those three are in memory of a device of its own.
     pub on_device: bool,
     /// What a backend with a device takes of the process's memory.
@@ -202,6 +204,13 @@ fn device_bounds(sizes: &Sizes) -> Vec<Bound> {
         line("weights", 1, sizes.weight_bytes, kind, "the model, repacked"),
         line("KV pool", sizes.kv_blocks, sizes.kv_block_bytes, kind, "kv.pool_bytes, by 64 tokens"),
         line("workspace", 1, sizes.workspace_bytes, kind, "step_tokens_max and running_max"),
+        line(
+            "penalty histories",
+            1,
+            sizes.history_bytes,
+            Kind::OnDemand,
+            "running_max, by the vocabulary",
+        ),
         line("staging", 1, sizes.host_bytes, Kind::Reserved, staging),
     ]
 }
@@ -439,6 +448,7 @@ mod tests {
             kv_block_bytes: shape().kv_block_bytes(2),
             weight_bytes: 100 << 20,
             workspace_bytes: 32 << 20,
+            history_bytes: 0,
             on_device: false,
             host_bytes: 0,
             sequence_bytes: 512,

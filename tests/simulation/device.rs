@@ -79,6 +79,7 @@ impl SimBackend {
             kv_block_bytes: 0,
             weight_bytes: 0,
             workspace_bytes: 0,
+            history_bytes: 0,
             depth,
             on_device: false,
             host_bytes: 0,
