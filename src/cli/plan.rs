@@ -11,6 +11,7 @@ use super::pull::{self, Progress};
 use super::server::{LoadedModel, Sizing};
 use crate::device::BackendDescription;
 use crate::engine::SEQUENCE_BYTES;
+use crate::flow::calendar::CALENDAR_BYTES;
 use crate::front::net::NetSettings;
 use crate::front::{CONNECTION_BYTES, REPLY_BYTES_MAX, STREAM_BYTES};
 use crate::limits::{Envelope, Limits, Lowered, ModelShape, Sizes};
@@ -133,6 +134,7 @@ pub(super) fn envelope(
         history_bytes: backend.history_bytes,
         on_device: backend.on_device,
         host_bytes: backend.host_bytes,
+        calendar_bytes: CALENDAR_BYTES as u64,
         sequence_bytes: SEQUENCE_BYTES as u64,
         stream_bytes: STREAM_BYTES as u64,
         connection_bytes: CONNECTION_BYTES as u64,

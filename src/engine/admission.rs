@@ -5,8 +5,10 @@ use crate::message::{Ask, RequestMessage, Submission};
 use crate::request::{RejectReason, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 
 use super::EngineCore;
-use super::ledger::Shortage;
+use super::foresight::{Entry, Foreseen};
+use super::ledger::{DrainMeter, Permit, Shortage};
 use super::record::Flight;
+use super::retry::{client, is_named};
 use super::sequence::State;
 
 /// Requests read from one front core in one tick. A submission costs a few microseconds (its
@@ -68,17 +70,13 @@ impl EngineCore {
         if ask.window_tokens == 0 {
             return Err((RejectReason::Invalid, None));
         }
-        self.foresee(ask, now)?;
-        if self.sequences.room() == 0 {
-            // Only while the ends of others are still to be told: a moment.
-            return Err((RejectReason::QueueFull, self.retry(now, Shortage::Requests(1))));
-        }
-        // More tokens than the context are cut off: the permit need not allow for them.
-        let tokens = ask.input_tokens.min(self.context);
-        let permit = match self.ledger.take(ask.class, tokens, ask.input_bytes) {
-            Ok(permit) => permit,
-            Err(Shortage::Forever) => return Err((RejectReason::ExceedsCapacity, None)),
-            Err(shortage) => return Err((RejectReason::QueueFull, self.retry(now, shortage))),
+        let client = client(ask);
+        let (permit, foreseen) = match self.enter(ask, client, now) {
+            Ok(entered) => entered,
+            Err((reason, Some(wait_ns))) => {
+                return Err((reason, self.promise(client, wait_ns, now)));
+            }
+            Err((reason, None)) => return Err((reason, None)),
         };
         self.meter.handle_arrival(now);
         self.counters.grants += 1;
@@ -90,6 +88,8 @@ impl EngineCore {
         sequence.class = ask.class;
         sequence.arrival = self.arrivals;
         sequence.permit = permit;
+        sequence.client = client;
+        sequence.foreseen = foreseen;
         sequence.asked_max_tokens = ask.max_tokens;
         sequence.credit = ask.window_tokens.min(self.limits.stream_window_tokens_max);
         sequence.times.arrived = now;
@@ -104,8 +104,60 @@ impl EngineCore {
         Ok(())
     }
 
-    fn retry(&mut self, now: Instant, shortage: Shortage) -> Option<u32> {
-        self.meter.retry_after_ms(now, shortage)
+    /// Lets somebody in who is not too late and finds room; otherwise says why not, and how long
+    /// it takes until that is over. A place in the calendar is used up either way, unless no place
+    /// could have helped.
+    fn enter(
+        &mut self,
+        ask: &Ask,
+        client: u64,
+        now: Instant,
+    ) -> Result<(Permit, Foreseen), (RejectReason, Option<u64>)> {
+        let entry = match self.calendar.has_place(client, now) {
+            true => Entry::Place,
+            false => Entry::Newcomer { kept_free: self.calendar.kept_free(now) },
+        };
+        let entered = self.find_room(ask, entry, now);
+        let is_final = matches!(entered, Err((_, None)));
+        match entry {
+            Entry::Place if !is_final => self.calendar.settle(client, entered.is_ok(), now),
+            // Those who give no name share their places, and must not use up each other's.
+            Entry::Newcomer { .. } if entered.is_ok() && is_named(ask) => {
+                self.calendar.charge(client);
+            }
+            Entry::Place | Entry::Newcomer { .. } => {}
+        }
+        entered
+    }
+
+    fn find_room(
+        &mut self,
+        ask: &Ask,
+        entry: Entry,
+        now: Instant,
+    ) -> Result<(Permit, Foreseen), (RejectReason, Option<u64>)> {
+        let foreseen =
+            self.foresee(ask, entry, now).map_err(|(reason, excess_ns)| match reason {
+                // What is past does not come back.
+                RejectReason::DeadlineExpired => (reason, None),
+                _ => (reason, Some(excess_ns)),
+            })?;
+        let full = |meter: &DrainMeter, shortage| match meter.room_ns(now, shortage) {
+            None => (RejectReason::ExceedsCapacity, None),
+            wait_ns => (RejectReason::QueueFull, wait_ns),
+        };
+        if self.sequences.room() == 0 {
+            // Only while the ends of others are still to be told: a moment.
+            return Err(full(&self.meter, Shortage::Requests(1)));
+        }
+        // More tokens than the context are cut off: the permit need not allow for them.
+        let tokens = ask.input_tokens.min(self.context);
+        let kept_free = match entry {
+            Entry::Place => 0,
+            Entry::Newcomer { kept_free } => kept_free,
+        };
+        let permit = self.ledger.take(ask.class, tokens, ask.input_bytes, kept_free);
+        permit.map(|permit| (permit, foreseen)).map_err(|shortage| full(&self.meter, shortage))
     }
 
     fn handle_submit(&mut self, submission: Submission, now: Instant) {

@@ -107,8 +107,9 @@ impl EngineCore {
         } else if past_deadline {
             self.reject(index, RejectReason::DeadlineExpired, None, now);
         } else {
-            let retry_after_ms = self.meter.wait_ms(now, u64::from(self.ledger.held().0));
-            let retry_after_ms = retry_after_ms.map(|ms| ms.min(u64::from(u32::MAX)) as u32);
+            let ahead = u64::from(self.ledger.held().0);
+            let wait_ns = self.meter.wait_ns(now, ahead).unwrap_or(0);
+            let retry_after_ms = self.promise(self.sequences[index].client, wait_ns, now);
             self.reject(index, RejectReason::QueueTtlExpired, retry_after_ms, now);
         }
     }

@@ -9,7 +9,6 @@ use crate::flow::Closed;
 use crate::request::{Class, RejectReason};
 
 use super::EngineCore;
-use super::ledger::Shortage;
 use super::record::Flight;
 
 impl EngineCore {
@@ -23,7 +22,6 @@ impl EngineCore {
             self.counters.asks += sum;
             self.counters.gate_refusals += sum;
             self.load.arrived(sum, now);
-            self.meter.lengthen_line(refusals[RejectReason::QueueFull as usize]);
             for (counted, fresh) in self.counters.rejected.iter_mut().zip(refusals) {
                 *counted += fresh;
             }
@@ -31,10 +29,9 @@ impl EngineCore {
         busy
     }
 
-    /// Shows every front core what there is to know before asking. All classes share the queue's
-    /// bounds, so their gates open and close together.
+    /// Shows every front core what there is to know before asking: the same for all classes.
     pub(super) fn show_gates(&mut self, now: Instant) {
-        let closed = self.closed_gate(now);
+        let closed = self.closed_gate();
         for front in &mut self.fronts {
             for class in Class::ALL {
                 front.port.gate.show(class, closed);
@@ -51,19 +48,15 @@ impl EngineCore {
     }
 
     /// The gate, as a refusal of an ask would be answered now ([`EngineCore::grant`]).
-    fn closed_gate(&mut self, now: Instant) -> Option<Closed> {
-        let for_good = |reason| Closed { reason, retry_after_ms: None, apart_us: 0 };
+    fn closed_gate(&self) -> Option<Closed> {
+        let for_good = |reason| Closed { reason, retry_after_ms: None };
         if self.is_draining() {
             return Some(for_good(RejectReason::ShuttingDown));
         }
         if self.device.lost {
             return Some(for_good(RejectReason::NoCapacity));
         }
-        // Without room in the table only the ends of others are still to be told: a moment.
-        let is_table_full = (self.sequences.room() == 0).then_some(Shortage::Requests(1));
-        let shortage = self.ledger.gate_shortage().or(is_table_full)?;
-        let (retry_after_ms, apart_us) = self.meter.outlook(now, shortage);
-        Some(Closed { reason: RejectReason::QueueFull, retry_after_ms, apart_us })
+        None
     }
 
     /// Whether the gates are closed, and with what; the same for every front core and class.

@@ -15,6 +15,7 @@
 //! |---|---|
 //! | `control.rs` | credits, cancels, returned batches; drain; time-outs |
 //! | `admission.rs` | asks and submissions → grants, refusals, the queue |
+//! | `retry.rs` | a refusal → a place in the calendar |
 //! | `foresight.rs` | an ask → whether its first token would come in time |
 //! | `scheduler.rs` | sequences → a step |
 //! | `room.rs` | a step's target time → how much prefill it takes |
@@ -38,6 +39,7 @@ mod queue;
 mod reclaim;
 mod record;
 mod results;
+mod retry;
 pub mod room;
 mod scheduler;
 mod sequence;
@@ -51,7 +53,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::base::{Instant, Pen, Recorder, TokenTable};
-use crate::flow::{LoadEstimator, StepCost, StepTimeModel};
+use crate::flow::{Calendar, LoadEstimator, StepCost, StepTimeModel};
 use crate::limits::Limits;
 use crate::message::{BLOCK_POSITIONS, SeqKey, Step, StreamKey};
 use crate::ports::{DevicePort, FrontPort};
@@ -61,7 +63,7 @@ pub use check::Census;
 
 use blocks::BlockPool;
 use egress::FrontLink;
-use foresight::Typical;
+use foresight::{Hindsight, Typical};
 use ledger::{DrainMeter, Ledger};
 use queue::Queue;
 use record::Flight;
@@ -166,6 +168,7 @@ pub struct EngineCore {
     sequences: SequenceTable,
     ledger: Ledger,
     meter: DrainMeter,
+    calendar: Calendar,
     queue: Queue,
     batch: Batch,
     blocks: BlockPool,
@@ -186,6 +189,8 @@ pub struct EngineCore {
     pace: StepTimeModel,
     /// How long answers are.
     typical: Typical,
+    /// How much longer first tokens took than was foreseen.
+    hindsight: Hindsight,
     /// See [`EngineCore::learn`].
     prefill_seen: u32,
     /// What comes in and what is served.
@@ -252,7 +257,8 @@ impl EngineCore {
         Ok(EngineCore {
             sequences: SequenceTable::new(capacity, blocks_max),
             ledger: Ledger::new(&limits),
-            meter: DrainMeter::new(limits.queued_requests_max),
+            meter: DrainMeter::default(),
+            calendar: Calendar::new(),
             queue: Queue::new(),
             batch: Batch::new(&limits),
             blocks: BlockPool::new(kv_blocks, depth),
@@ -266,6 +272,7 @@ impl EngineCore {
             blocked_until: Instant::NEVER,
             pace: StepTimeModel::new(PACE_PRIOR),
             typical: Typical::default(),
+            hindsight: Hindsight::default(),
             prefill_seen: limits.step_tokens_max,
             load: LoadEstimator::new(LOAD_HORIZON_NS),
             ticked: Instant::ZERO,
@@ -327,6 +334,8 @@ impl EngineCore {
         EngineStats {
             counters: self.counters,
             load: self.load.load(self.ticked),
+            promises: self.calendar.counts(),
+            wait_correction_permille: self.hindsight.permille(),
             granted: requests - self.queue.len() as u32,
             queued: self.queue.lens(),
             running: self.batch.running.len() as u32,

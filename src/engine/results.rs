@@ -94,6 +94,8 @@ impl EngineCore {
         if sequence.times.first_token.is_none() {
             sequence.times.first_token = Some(now);
             let ttft_ns = now.ns_since(sequence.times.arrived);
+            let foreseen = sequence.foreseen;
+            self.observe_ttft(foreseen, ttft_ns);
             self.note(now, Flight::FirstToken, [sample.seq.recorded(), ttft_ns, 0]);
         }
         let sequence = &mut self.sequences[index];

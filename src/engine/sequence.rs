@@ -23,6 +23,7 @@ use crate::base::Instant;
 use crate::message::{BLOCK_POSITIONS, BlockId, Logprob, SeqKey, StreamKey};
 use crate::request::{Class, FinishReason, RejectReason, SamplingParams, Timings, TokenId, Usage};
 
+use super::foresight::Foreseen;
 use super::ledger::Permit;
 use super::stop::StopMatcher;
 
@@ -139,6 +140,10 @@ pub(super) struct Sequence {
     pub admission: u64,
     pub times: Times,
     pub permit: Permit,
+    /// Whose place it would be in the calendar.
+    pub client: u64,
+    /// What was foreseen when it came.
+    pub foreseen: Foreseen,
     /// What the client asked for; 0 when it did not say.
     pub asked_max_tokens: u32,
 
@@ -193,6 +198,8 @@ impl Sequence {
             admission: 0,
             times: Times::default(),
             permit: Permit::default(),
+            client: 0,
+            foreseen: Foreseen::default(),
             asked_max_tokens: 0,
             tokens: Vec::new(),
             prompt_tokens: 0,

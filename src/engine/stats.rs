@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::flow::Load;
+use crate::flow::calendar::Kept;
 use crate::request::{Class, FinishReason, RejectReason};
 
 /// Counters since the start. They only grow.
@@ -67,6 +68,10 @@ pub struct EngineStats {
     /// λ, μ and their ratio, in requests: asks that came, whether granted or not, against requests
     /// that ended while the device worked.
     pub load: Load,
+    /// What became of the places promised to refused clients.
+    pub promises: Kept,
+    /// How much longer first tokens took than the model of steps foresaw, of late.
+    pub wait_correction_permille: u64,
     /// Sequences with a grant and no submission yet.
     pub granted: u32,
     /// Sequences in the queue, by class, most urgent first.
@@ -92,7 +97,7 @@ pub struct EngineStats {
 }
 
 /// How many numbers [`EngineStats::named`] has.
-pub const NAMED: usize = 36;
+pub const NAMED: usize = 42;
 
 impl EngineStats {
     /// The numbers that STATS_REPLY shows, by name. Those of `counters` only grow.
@@ -136,6 +141,12 @@ impl EngineStats {
             ("engine_arrivals_per_1000_seconds", self.load.arrivals_per_1000_seconds),
             ("engine_service_per_1000_seconds", self.load.service_per_1000_seconds),
             ("engine_utilisation_permille", self.load.utilisation_permille),
+            ("engine_promises", self.promises.booked),
+            ("engine_promises_kept", self.promises.kept),
+            ("engine_promises_broken", self.promises.broken),
+            ("engine_promises_missed", self.promises.missed),
+            ("engine_promises_denied", self.promises.full),
+            ("engine_wait_correction_permille", self.wait_correction_permille),
         ]
     }
 }

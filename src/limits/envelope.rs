@@ -63,6 +63,8 @@ pub struct Sizes {
     pub on_device: bool,
     /// What a backend with a device takes of the process's memory.
     pub host_bytes: u64,
+    /// The engine's calendar of refused clients.
+    pub calendar_bytes: u64,
     /// A sequence in the engine's table, its fixed part.
     pub sequence_bytes: u64,
     /// A stream in a front core's table, its fixed part.
@@ -247,6 +249,7 @@ fn engine_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Boun
             Kind::Reserved,
             "queued + running + parked",
         ),
+        line("calendar", 1, sizes.calendar_bytes, Kind::Reserved, "clients told when to come back"),
         line(
             "prompts and outputs",
             sequences,
@@ -451,6 +454,7 @@ mod tests {
             history_bytes: 0,
             on_device: false,
             host_bytes: 0,
+            calendar_bytes: 25_000,
             sequence_bytes: 512,
             stream_bytes: 256,
             connection_bytes: 256,

@@ -262,8 +262,8 @@ impl Request {
                 if !self.tokens.is_empty() {
                     return Err(format!("{reason:?} after output: evicted after admission"));
                 }
-                if reason == RejectReason::QueueFull && retry_after_ms.is_none() {
-                    return Err("the queue is full, and no word when to come back".into());
+                if retry_after_ms.is_some_and(|ms| ms == 0 || ms > 30_000) {
+                    return Err(format!("told to come back in {retry_after_ms:?} ms"));
                 }
                 self.check_reject(reason, now)?;
                 self.end = Some(End::Rejected(reason));
