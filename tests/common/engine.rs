@@ -208,6 +208,11 @@ impl Bench {
         its.into_iter().map(|(_, told)| told).collect()
     }
 
+    /// What everybody was told since the last time, in order.
+    pub fn take_told(&mut self) -> Vec<(StreamKey, Told)> {
+        std::mem::take(&mut self.told)
+    }
+
     /// Takes in batches and gives them back.
     pub fn receive(&mut self) {
         for front in 0..self.fronts.len() {
