@@ -52,6 +52,13 @@ pub struct Limits {
     pub ttft_target_ms: u64,
     /// A request that has waited this long is evicted.
     pub queue_ttl_ms: u64,
+    /// After so many failed steps in a row the breaker opens and refuses everybody for a while;
+    /// 0: never.
+    pub breaker_failures_max: u32,
+    /// How long it is open at first.
+    pub breaker_open_ms: u64,
+    /// A step that takes longer opens it, too.
+    pub hung_step_ms: u64,
     /// A parked sequence's client has this long to give credit.
     pub stall_timeout_ms: u64,
 }
@@ -78,6 +85,9 @@ impl Default for Limits {
             context_max: 8192,
             ttft_target_ms: 2_000,
             queue_ttl_ms: 30_000,
+            breaker_failures_max: 3,
+            breaker_open_ms: 1_000,
+            hung_step_ms: 10_000,
             stall_timeout_ms: 120_000,
         }
     }
@@ -106,6 +116,9 @@ impl Limits {
             context_max: 512,
             ttft_target_ms: 1_000,
             queue_ttl_ms: 5_000,
+            breaker_failures_max: 3,
+            breaker_open_ms: 100,
+            hung_step_ms: 1_000,
             stall_timeout_ms: 2_000,
         }
     }

@@ -140,6 +140,30 @@ pub(super) const SETTINGS: &[Setting] = &[
         get: |config| Value::Output(config.runtime.recorder_file.clone()),
     },
     number!(
+        "breaker.failures_max",
+        limits.breaker_failures_max,
+        0,
+        1 << 16,
+        Count,
+        "failed steps in a row after which everybody is refused for a while; 0: off"
+    ),
+    number!(
+        "breaker.open_ms",
+        limits.breaker_open_ms,
+        1,
+        30_000,
+        Millis,
+        "for how long at first; twice as long each time that it helped nothing, at most 30 s"
+    ),
+    number!(
+        "breaker.hung_step_ms",
+        limits.hung_step_ms,
+        1,
+        DAY_MS,
+        Millis,
+        "a step that takes longer counts as hung: everybody is refused until it ends"
+    ),
+    number!(
         "drain.delay_ms",
         drain.delay_ms,
         0,

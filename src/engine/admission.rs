@@ -1,6 +1,7 @@
 //! Admission: ask → grant or refusal; submission → the queue.
 
 use crate::base::Instant;
+use crate::flow::Closed;
 use crate::message::{Ask, RequestMessage, Submission};
 use crate::request::{RejectReason, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 
@@ -10,6 +11,9 @@ use super::ledger::{DrainMeter, Permit, Shortage};
 use super::record::Flight;
 use super::retry::{client, is_named};
 use super::sequence::State;
+
+/// While the breaker is half-open, and enough are in to see: a step later it is decided.
+const PROBE_RETRY_MS: u32 = 1_000;
 
 /// Requests read from one front core in one tick. A submission costs a few microseconds (its
 /// tokens are checked): so many are a small part of a step.
@@ -60,11 +64,12 @@ impl EngineCore {
         ask: &Ask,
         now: Instant,
     ) -> Result<(), (RejectReason, Option<u32>)> {
-        if self.is_draining() {
-            return Err((RejectReason::ShuttingDown, None));
+        if let Some(Closed { reason, retry_after_ms }) = self.closed_gate(now) {
+            return Err((reason, retry_after_ms));
         }
-        if self.device.lost {
-            return Err((RejectReason::NoCapacity, None));
+        if !self.breaker_lets_in(self.ledger.held().0 + self.batch.in_line(), now) {
+            // Those who are in are to find out; then it is open again, or closed.
+            return Err((RejectReason::NoCapacity, Some(PROBE_RETRY_MS)));
         }
         // Without credit it would be admitted only to park; so the first credit comes first.
         if ask.window_tokens == 0 {

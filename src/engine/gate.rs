@@ -6,6 +6,7 @@
 
 use crate::base::Instant;
 use crate::flow::Closed;
+use crate::flow::breaker::OPEN_MS_MAX;
 use crate::request::{Class, RejectReason};
 
 use super::EngineCore;
@@ -31,7 +32,7 @@ impl EngineCore {
 
     /// Shows every front core what there is to know before asking: the same for all classes.
     pub(super) fn show_gates(&mut self, now: Instant) {
-        let closed = self.closed_gate();
+        let closed = self.closed_gate(now);
         for front in &mut self.fronts {
             for class in Class::ALL {
                 front.port.gate.show(class, closed);
@@ -47,8 +48,8 @@ impl EngineCore {
         }
     }
 
-    /// The gate, as a refusal of an ask would be answered now ([`EngineCore::grant`]).
-    fn closed_gate(&self) -> Option<Closed> {
+    /// What refuses everybody now.
+    pub(super) fn closed_gate(&self, now: Instant) -> Option<Closed> {
         let for_good = |reason| Closed { reason, retry_after_ms: None };
         if self.is_draining() {
             return Some(for_good(RejectReason::ShuttingDown));
@@ -56,7 +57,9 @@ impl EngineCore {
         if self.device.lost {
             return Some(for_good(RejectReason::NoCapacity));
         }
-        None
+        let retry_ns = self.breaker.retry_ns(now)?;
+        let retry_after_ms = Some(retry_ns.div_ceil(1_000_000).clamp(1, OPEN_MS_MAX) as u32);
+        Some(Closed { reason: RejectReason::NoCapacity, retry_after_ms })
     }
 
     /// Whether the gates are closed, and with what; the same for every front core and class.

@@ -53,7 +53,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::base::{Instant, Pen, Recorder, TokenTable};
-use crate::flow::{Calendar, LoadEstimator, StepCost, StepTimeModel};
+use crate::flow::{Breaker, Calendar, LoadEstimator, StepCost, StepTimeModel};
 use crate::limits::Limits;
 use crate::message::{BLOCK_POSITIONS, SeqKey, Step, StreamKey};
 use crate::ports::{DevicePort, FrontPort};
@@ -169,6 +169,7 @@ pub struct EngineCore {
     ledger: Ledger,
     meter: DrainMeter,
     calendar: Calendar,
+    breaker: Breaker,
     queue: Queue,
     batch: Batch,
     blocks: BlockPool,
@@ -224,6 +225,8 @@ struct DeviceLink {
     idle: Vec<Box<Step>>,
     /// Number of the newest step submitted. The newest completed is the block pool's.
     submitted: u64,
+    /// Since when the oldest step in flight is at work, if any is in flight.
+    since: Instant,
     lost: bool,
 }
 
@@ -259,12 +262,19 @@ impl EngineCore {
             ledger: Ledger::new(&limits),
             meter: DrainMeter::default(),
             calendar: Calendar::new(),
+            breaker: Breaker::new(limits.breaker_failures_max, limits.breaker_open_ms),
             queue: Queue::new(),
             batch: Batch::new(&limits),
             blocks: BlockPool::new(kv_blocks, depth),
             fronts: fronts.into_iter().map(|port| FrontLink::new(port, &limits)).collect(),
             front_first: 0,
-            device: DeviceLink { port: device, idle, submitted: 0, lost: false },
+            device: DeviceLink {
+                port: device,
+                idle,
+                submitted: 0,
+                since: Instant::ZERO,
+                lost: false,
+            },
             borders: Borders::default(),
             counters: Counters::default(),
             arrivals: 0,
@@ -313,6 +323,7 @@ impl EngineCore {
         // What it was set for may be gone; when everybody is, that is known for nothing.
         let expiry = if self.sequences.len() == 0 { Instant::NEVER } else { self.expiry };
         let next = expiry.min(drain).min(self.blocked_until().unwrap_or(Instant::NEVER));
+        let next = next.min(self.breaker_timeout());
         (next != Instant::NEVER).then_some(next)
     }
 
@@ -334,6 +345,8 @@ impl EngineCore {
         EngineStats {
             counters: self.counters,
             load: self.load.load(self.ticked),
+            breaker: self.breaker.number(self.ticked),
+            breaker_trips: self.breaker.trips(),
             promises: self.calendar.counts(),
             wait_correction_permille: self.hindsight.permille(),
             granted: requests - self.queue.len() as u32,

@@ -32,6 +32,7 @@ impl EngineCore {
         let ended = |counters: &Counters| counters.finished.iter().sum::<u64>();
         let ended_before = ended(&self.counters);
         self.blocks.complete(step.plan.number);
+        self.device.since = now;
         self.counters.steps_completed += 1;
         self.counters.device_ns += step.result.elapsed_ns;
         let (rows, took_ns) = (step.plan.rows.len() as u64, step.result.elapsed_ns);
@@ -40,7 +41,10 @@ impl EngineCore {
             self.learn(plan::load(&step.plan), step.result.elapsed_ns);
         }
         match step.result.failure {
-            None if self.matches_its_plan(step) => self.handle_samples(step, now),
+            None if self.matches_its_plan(step) => {
+                self.breaker.handle_success();
+                self.handle_samples(step, now);
+            }
             // A device that answers something else than it was asked is no better than one that
             // refuses: the rows' sequences cannot go on, the others can.
             None | Some(StepFailure::InvalidPlan) => self.fail_step(step, now),
@@ -140,6 +144,7 @@ impl EngineCore {
     /// Nothing of the step was computed: its sequences' KV is not what the engine thinks.
     fn fail_step(&mut self, step: &Step, now: Instant) {
         self.counters.step_failures += 1;
+        self.breaker.handle_failure(now);
         for row in &step.plan.rows {
             if let Some(index) = self.sequences.live(row.seq) {
                 self.finish(index, FinishReason::DeviceFailed, now);

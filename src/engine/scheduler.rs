@@ -16,6 +16,7 @@
 //! blocks are there for anybody.
 
 use crate::base::Instant;
+use crate::flow::breaker::PROBES_MAX;
 use crate::limits::Limits;
 use crate::message::{BLOCK_POSITIONS, Step, StepPlan};
 
@@ -60,6 +61,11 @@ impl Batch {
     /// Batch slots without a sequence.
     pub fn slots_free(&self) -> &[u16] {
         &self.slots_free
+    }
+
+    /// Sequences that run or wait to.
+    pub fn in_line(&self) -> u32 {
+        (self.running.len() + self.waiting.len()) as u32
     }
 
     pub fn remove_waiting(&mut self, index: u32, sequences: &SequenceTable) {
@@ -246,6 +252,7 @@ impl EngineCore {
     /// Admits from the queue's head while there are slots, blocks and room.
     fn seat_queued(&mut self, plan: &mut StepPlan, room: &mut StepRoom, now: Instant) {
         while self.batch.admitted < self.batch.admitted_max
+            && self.breaker_lets_in(self.batch.in_line(), now)
             && let Some(index) = self.queue.head()
             && !self.batch.slots_free.is_empty()
             && plan::has_history_room(plan, &self.sequences[index], self.context)
@@ -270,6 +277,14 @@ impl EngineCore {
             self.seat(index);
             self.watch(index);
             self.plan_prefill(plan, room, index, chunk);
+        }
+    }
+
+    /// Whether the breaker lets in one more: nobody while it is open, a few to see while half-open.
+    pub(super) fn breaker_lets_in(&self, are_in: u32, now: Instant) -> bool {
+        match self.breaker.opens_at(now) {
+            Some(_) => false,
+            None => are_in < PROBES_MAX || !self.breaker.is_half_open(now),
         }
     }
 
@@ -314,6 +329,9 @@ impl EngineCore {
         assert_eq!(checked, Ok(()), "the engine's own plan is invalid");
         debug_assert!(step.plan.blocks.iter().all(|&b| self.blocks.references(b) > 0));
         debug_assert!(step.plan.blocks.len() * BLOCK_POSITIONS >= step.plan.tokens.len());
+        if self.steps_in_flight() == 0 {
+            self.device.since = now;
+        }
         self.device.submitted = step.plan.number;
         self.counters.steps += 1;
         self.counters.rows += step.plan.rows.len() as u64;

@@ -68,6 +68,10 @@ pub struct EngineStats {
     /// λ, μ and their ratio, in requests: asks that came, whether granted or not, against requests
     /// that ended while the device worked.
     pub load: Load,
+    /// The circuit breaker: 0 closed, 1 half-open, 2 open.
+    pub breaker: u64,
+    /// How often it has opened.
+    pub breaker_trips: u64,
     /// What became of the places promised to refused clients.
     pub promises: Kept,
     /// How much longer first tokens took than the model of steps foresaw, of late.
@@ -97,7 +101,7 @@ pub struct EngineStats {
 }
 
 /// How many numbers [`EngineStats::named`] has.
-pub const NAMED: usize = 42;
+pub const NAMED: usize = 44;
 
 impl EngineStats {
     /// The numbers that STATS_REPLY shows, by name. Those of `counters` only grow.
@@ -141,6 +145,8 @@ impl EngineStats {
             ("engine_arrivals_per_1000_seconds", self.load.arrivals_per_1000_seconds),
             ("engine_service_per_1000_seconds", self.load.service_per_1000_seconds),
             ("engine_utilisation_permille", self.load.utilisation_permille),
+            ("engine_breaker", self.breaker),
+            ("engine_breaker_trips", self.breaker_trips),
             ("engine_promises", self.promises.booked),
             ("engine_promises_kept", self.promises.kept),
             ("engine_promises_broken", self.promises.broken),

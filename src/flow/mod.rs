@@ -3,6 +3,7 @@
 //! Core: any. Accounts are integers; [`estimate`] alone uses floating point, and hands out
 //! integers.
 
+pub mod breaker;
 pub mod calendar;
 pub mod credit;
 pub mod estimate;
@@ -11,6 +12,7 @@ pub mod gate;
 pub mod link;
 pub mod token_bucket;
 
+pub use breaker::Breaker;
 pub use calendar::Calendar;
 pub use credit::{CreditError, CreditReturn, CreditWindow};
 pub use estimate::{Load, LoadEstimator, RateEstimator, StepCost, StepLoad, StepTimeModel};

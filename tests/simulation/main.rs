@@ -77,4 +77,5 @@ fn clients_that_speak_bytes_get_theirs_whatever_happens() {
     let seen = run_seeds(Fronts::Bytes);
     // Of a single seed it cannot be asked.
     assert!(seen.runs < 100 || seen.gate_refusals > 0, "nobody met a closed gate");
+    assert!(seen.runs < 100 || seen.breaker_trips > 0, "the breaker never opened");
 }

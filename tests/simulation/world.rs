@@ -43,6 +43,7 @@ pub struct Seen {
     pub resumes: u64,
     pub stale: u64,
     pub gate_refusals: u64,
+    pub breaker_trips: u64,
 }
 
 impl Seen {
@@ -65,6 +66,7 @@ impl Seen {
         self.resumes += other.resumes;
         self.stale += other.stale;
         self.gate_refusals += other.gate_refusals;
+        self.breaker_trips += other.breaker_trips;
         self.finished.iter_mut().zip(other.finished).for_each(|(sum, n)| *sum += n);
         self.rejected.iter_mut().zip(other.rejected).for_each(|(sum, n)| *sum += n);
     }
@@ -287,12 +289,13 @@ impl World {
     /// As of the end of every tick: the gate is closed while there is a reason, and no longer.
     fn check_gate(&self) -> Result<(), String> {
         let (drains, lost) = (self.engine.is_draining(), self.engine.device_lost());
+        let is_open = self.engine.stats().breaker == 2;
         let gate = self.engine.gate();
         let is_right = match gate.map(|closed| closed.reason) {
             Some(RejectReason::ShuttingDown) => drains,
-            Some(RejectReason::NoCapacity) => lost,
+            Some(RejectReason::NoCapacity) => lost || is_open,
             Some(_) => false,
-            None => !(drains || lost),
+            None => !(drains || lost || is_open),
         };
         match is_right {
             true => Ok(()),
@@ -325,7 +328,9 @@ impl World {
         }
         let limits = &self.options.limits;
         let queued: u32 = stats.queued.iter().sum();
-        if queued > 0 && stats.parked < limits.running_max + limits.parked_max {
+        // Its breaker wakes the engine when it is no longer open.
+        if queued > 0 && stats.breaker < 2 && stats.parked < limits.running_max + limits.parked_max
+        {
             return Err("the device is idle, and the queue is not served".into());
         }
         Ok(())
@@ -397,6 +402,7 @@ impl World {
             resumes: stats.counters.resumes,
             stale: stats.counters.stale_messages,
             gate_refusals: stats.counters.gate_refusals,
+            breaker_trips: stats.breaker_trips,
             ..Seen::default()
         };
         self.fronts.iter().for_each(|front| front.count(&mut seen));
