@@ -4,9 +4,11 @@
 //! [`Envelope`] and printed at start.
 
 mod envelope;
+mod quota;
 
 use crate::message::BLOCK_POSITIONS;
 pub use envelope::{Bound, Envelope, Kind, ModelShape, Sizes, show_bytes};
+pub use quota::{Quota, Quotas};
 
 /// All bounds that the cores work under. Built once from the configuration, then read only.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +56,11 @@ pub struct Limits {
     pub queue_ttl_ms: u64,
     /// A parked sequence's client has this long to give credit.
     pub stall_timeout_ms: u64,
+    /// Tenants (and users, where those have quotas) whose accounts are kept: whoever has rested
+    /// longest makes room for a new one.
+    pub tenants_max: u32,
+    /// What each of them may take.
+    pub quotas: Quotas,
 }
 
 impl Default for Limits {
@@ -79,6 +86,8 @@ impl Default for Limits {
             ttft_target_ms: 2_000,
             queue_ttl_ms: 30_000,
             stall_timeout_ms: 120_000,
+            tenants_max: 1024,
+            quotas: Quotas::default(),
         }
     }
 }
@@ -107,6 +116,8 @@ impl Limits {
             ttft_target_ms: 1_000,
             queue_ttl_ms: 5_000,
             stall_timeout_ms: 2_000,
+            tenants_max: 4,
+            quotas: Quotas::default(),
         }
     }
 

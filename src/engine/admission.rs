@@ -1,13 +1,15 @@
 //! Admission: ask → grant or refusal; submission → the queue.
 
 use crate::base::Instant;
+use crate::flow::gate::RETRY_MAX_MS;
 use crate::message::{Ask, RequestMessage, Submission};
 use crate::request::{RejectReason, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 
 use super::EngineCore;
-use super::ledger::Shortage;
+use super::ledger::{Permit, Shortage};
 use super::record::Flight;
 use super::sequence::State;
+use super::tenants::{Bill, Refusal};
 
 /// Requests read from one front core in one tick. A submission costs a few microseconds (its
 /// tokens are checked): so many are a small part of a step.
@@ -68,6 +70,35 @@ impl EngineCore {
         if ask.window_tokens == 0 {
             return Err((RejectReason::Invalid, None));
         }
+        let bill = self.tenants.bill_for(ask, now);
+        let class = self.tenants.class_for(&bill, ask.class);
+        self.counters.classes_lowered += u64::from(class != ask.class);
+        let ask = Ask { class, ..*ask };
+        match self.permit(&ask, bill, now) {
+            Ok((bill, permit)) => {
+                self.tenants.charge(&bill, now);
+                self.begin(front, &ask, bill, permit, now);
+                Ok(())
+            }
+            Err(refusal) => {
+                self.tenants.refuse(&bill);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Asks all who have a say. Takes the queue's permit, and that last, so that a refusal takes
+    /// nothing from anybody.
+    fn permit(
+        &mut self,
+        ask: &Ask,
+        bill: Bill,
+        now: Instant,
+    ) -> Result<(Bill, Permit), (RejectReason, Option<u32>)> {
+        let bill = self
+            .tenants
+            .quote(ask, bill, self.context, now)
+            .map_err(|refusal| self.tenant_refusal(refusal))?;
         self.foresee(ask, now)?;
         if self.sequences.room() == 0 {
             // Only while the ends of others are still to be told: a moment.
@@ -75,11 +106,15 @@ impl EngineCore {
         }
         // More tokens than the context are cut off: the permit need not allow for them.
         let tokens = ask.input_tokens.min(self.context);
-        let permit = match self.ledger.take(ask.class, tokens, ask.input_bytes) {
-            Ok(permit) => permit,
-            Err(Shortage::Forever) => return Err((RejectReason::ExceedsCapacity, None)),
-            Err(shortage) => return Err((RejectReason::QueueFull, self.retry(now, shortage))),
-        };
+        match self.ledger.take(ask.class, tokens, ask.input_bytes) {
+            Ok(permit) => Ok((bill, permit)),
+            Err(Shortage::Forever) => Err((RejectReason::ExceedsCapacity, None)),
+            Err(shortage) => Err((RejectReason::QueueFull, self.retry(now, shortage))),
+        }
+    }
+
+    /// A stream begins, as a sequence that may be submitted.
+    fn begin(&mut self, front: usize, ask: &Ask, bill: Bill, permit: Permit, now: Instant) {
         self.meter.handle_arrival(now);
         self.counters.grants += 1;
         let index = self.sequences.take().expect("there was room");
@@ -90,6 +125,7 @@ impl EngineCore {
         sequence.class = ask.class;
         sequence.arrival = self.arrivals;
         sequence.permit = permit;
+        sequence.bill = bill;
         sequence.asked_max_tokens = ask.max_tokens;
         sequence.credit = ask.window_tokens.min(self.limits.stream_window_tokens_max);
         sequence.times.arrived = now;
@@ -101,7 +137,18 @@ impl EngineCore {
         self.note(now, Flight::Grant, [ask.stream.recorded(), seq, 0]);
         self.watch(index);
         self.tell(index);
-        Ok(())
+    }
+
+    /// What a tenant is told that may not have more now. Of streams one must end first: at the
+    /// pace of now, and if they began one after the other, in an answer's time by their number.
+    fn tenant_refusal(&self, refusal: Refusal) -> (RejectReason, Option<u32>) {
+        let (reason, wait_ns) = match refusal {
+            Refusal::Rate { wait_ns } => (RejectReason::TenantRate, wait_ns),
+            Refusal::Streams(live) => {
+                (RejectReason::TooManyStreams, self.answer_ns() / u64::from(live.max(1)))
+            }
+        };
+        (reason, Some(wait_ns.div_ceil(1_000_000).clamp(1, RETRY_MAX_MS.into()) as u32))
     }
 
     fn retry(&mut self, now: Instant, shortage: Shortage) -> Option<u32> {
@@ -125,6 +172,7 @@ impl EngineCore {
         let prompt_tokens = submission.tokens.len() as u32;
         let sequence = &mut self.sequences[index];
         self.ledger.shrink(&mut sequence.permit, prompt_tokens);
+        self.tenants.shrink(&mut sequence.bill, prompt_tokens, now);
         sequence.state = State::Queued;
         sequence.prompt_tokens = prompt_tokens;
         sequence.output_max = submission.max_tokens.min(self.context - prompt_tokens);

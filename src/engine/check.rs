@@ -31,6 +31,8 @@ impl EngineCore {
     pub fn check_invariants(&self) -> Result<(), String> {
         self.check_blocks()?;
         self.ledger.check(self.sequences.iter().map(|(_, sequence)| &sequence.permit))?;
+        let live = self.sequences.iter().filter(|(_, sequence)| sequence.is_live());
+        self.tenants.check(live.map(|(_, sequence)| (&sequence.bill, sequence.is_admitted())))?;
         self.check_lists()?;
         self.check_fronts()?;
         for (index, sequence) in self.sequences.iter() {

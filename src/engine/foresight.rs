@@ -143,6 +143,11 @@ impl EngineCore {
         answer_ns.saturating_add(prompt_ns).saturating_mul(ends)
     }
 
+    /// About how long an answer takes, beside all that run now.
+    pub(super) fn answer_ns(&self) -> u64 {
+        self.ends_ns((self.batch.running.len() as u64).max(1))
+    }
+
     /// Time for prefilling `backlog` tokens of many prompts and one prompt of `tokens`, in steps
     /// that compute `beside` too.
     fn prefill_ns(&self, beside: StepLoad, backlog: u64, tokens: u32) -> u64 {

@@ -15,6 +15,7 @@
 //! |---|---|
 //! | `control.rs` | credits, cancels, returned batches; drain; time-outs |
 //! | `admission.rs` | asks and submissions → grants, refusals, the queue |
+//! | `tenants.rs` | an ask → who pays, and whether they may have it now |
 //! | `foresight.rs` | an ask → whether its first token would come in time |
 //! | `scheduler.rs` | sequences → a step |
 //! | `room.rs` | a step's target time → how much prefill it takes |
@@ -44,6 +45,7 @@ mod sequence;
 pub mod stats;
 pub mod stop;
 pub mod task;
+pub mod tenants;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -69,6 +71,7 @@ use scheduler::Batch;
 use sequence::{SequenceTable, State, Terminal, blocks_for};
 use stats::{Counters, EngineStats};
 use stop::Borders;
+use tenants::Tenants;
 
 /// What an engine is built from.
 #[derive(Clone, Debug)]
@@ -154,6 +157,9 @@ impl EngineConfig {
 /// block table, its tokens and what the front core allocated for it not counted.
 pub const SEQUENCE_BYTES: usize = sequence::BYTES + 4 * size_of::<u32>();
 
+/// Bytes of a tenant's or user's account, with all that is kept for it.
+pub const ACCOUNT_BYTES: usize = tenants::BYTES;
+
 /// The engine. See the [module's documentation](self).
 #[derive(Debug)]
 pub struct EngineCore {
@@ -165,6 +171,7 @@ pub struct EngineCore {
 
     sequences: SequenceTable,
     ledger: Ledger,
+    tenants: Tenants,
     meter: DrainMeter,
     queue: Queue,
     batch: Batch,
@@ -252,6 +259,7 @@ impl EngineCore {
         Ok(EngineCore {
             sequences: SequenceTable::new(capacity, blocks_max),
             ledger: Ledger::new(&limits),
+            tenants: Tenants::new(&limits),
             meter: DrainMeter::new(limits.queued_requests_max),
             queue: Queue::new(),
             batch: Batch::new(&limits),
@@ -338,6 +346,7 @@ impl EngineCore {
             blocks_retiring: self.blocks.retiring() as u32,
             blocks_total: self.blocks.total() as u32,
             steps_in_flight: self.steps_in_flight() as u32,
+            shared_asks: self.tenants.shared_asks,
         }
     }
 
@@ -393,6 +402,9 @@ impl EngineCore {
         self.leave_queue(index, now);
         self.release_blocks(index);
         let sequence = &mut self.sequences[index];
+        let used = (sequence.prompt_tokens, sequence.output_tokens());
+        let used = sequence.is_admitted().then_some(used);
+        self.tenants.settle(&mut sequence.bill, used, now);
         sequence.state = State::Ended;
         sequence.egress.text_ready = sequence.egress.text_total;
         sequence.egress.grant_due &= matches!(terminal, Terminal::Done { .. });
@@ -406,6 +418,9 @@ impl EngineCore {
         self.counters.finished[finish as usize] += 1;
         if self.sequences[index].is_admitted() {
             self.typical.observe(usage.prompt_tokens, usage.output_tokens);
+            if finish.is_natural() {
+                self.tenants.observe(&self.sequences[index].bill, usage.output_tokens);
+            }
         }
         let seq = self.sequences.key(index).recorded();
         self.note(now, Flight::Done, [seq, finish as u64, usage.output_tokens.into()]);
@@ -421,6 +436,7 @@ impl EngineCore {
         now: Instant,
     ) {
         debug_assert!(!self.sequences[index].is_admitted(), "admitted is never evicted (I5)");
+        self.tenants.refuse(&self.sequences[index].bill);
         self.counters.rejected[reason as usize] += 1;
         let seq = self.sequences.key(index).recorded();
         let retry_ms = u64::from(retry_after_ms.unwrap_or(0));

@@ -262,6 +262,7 @@ impl EngineCore {
             self.counters.admitted += 1;
             let sequence = &mut self.sequences[index];
             self.counters.prompt_tokens += u64::from(sequence.prompt_tokens);
+            self.tenants.admit(&sequence.bill, sequence.prompt_tokens);
             sequence.admission = self.batch.admissions;
             sequence.times.admitted = Some(now);
             let waited_ns = now.ns_since(sequence.times.arrived);

@@ -25,6 +25,7 @@ use crate::request::{Class, FinishReason, RejectReason, SamplingParams, Timings,
 
 use super::ledger::Permit;
 use super::stop::StopMatcher;
+use super::tenants::Bill;
 
 /// No sequence: the end of a linked list, an empty batch slot.
 pub(super) const NONE: u32 = u32::MAX;
@@ -139,6 +140,8 @@ pub(super) struct Sequence {
     pub admission: u64,
     pub times: Times,
     pub permit: Permit,
+    /// Who pays, and what was charged so far.
+    pub bill: Bill,
     /// What the client asked for; 0 when it did not say.
     pub asked_max_tokens: u32,
 
@@ -193,6 +196,7 @@ impl Sequence {
             admission: 0,
             times: Times::default(),
             permit: Permit::default(),
+            bill: Bill::NONE,
             asked_max_tokens: 0,
             tokens: Vec::new(),
             prompt_tokens: 0,
