@@ -61,6 +61,22 @@ pub struct Limits {
     pub tenants_max: u32,
     /// What each of them may take.
     pub quotas: Quotas,
+    /// Who of the queue is admitted next.
+    pub policy: Policy,
+    /// A request ranks as if it had come this much later for each class below the top, and so
+    /// passes more urgent ones that come still later. 0: a more urgent class always comes first.
+    pub ageing_ms: u64,
+}
+
+/// Who of the queue is admitted next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// The more urgent class, with ageing; within it, first come, first served.
+    Priority,
+    /// First come, first served, whatever the class.
+    Fcfs,
+    /// As by priority, but within a class tenants take turns by what they were served.
+    Fair,
 }
 
 impl Default for Limits {
@@ -88,6 +104,8 @@ impl Default for Limits {
             stall_timeout_ms: 120_000,
             tenants_max: 1024,
             quotas: Quotas::default(),
+            policy: Policy::Priority,
+            ageing_ms: 10_000,
         }
     }
 }
@@ -118,6 +136,8 @@ impl Limits {
             stall_timeout_ms: 2_000,
             tenants_max: 4,
             quotas: Quotas::default(),
+            policy: Policy::Priority,
+            ageing_ms: 1_000,
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::value::{Allowed, Unit, Value};
 use super::{Backend, Config, Graphs, Io, Isa};
+use crate::limits::Policy;
 use crate::request::Class;
 
 /// A setting.
@@ -170,6 +171,17 @@ pub(super) const SETTINGS: &[Setting] = &[
         DAY_MS,
         Millis,
         "a step in which somebody decodes takes no more prefill than ends by then, as predicted"
+    ),
+    choice!("scheduler.policy", limits.policy,
+        ["priority" => Policy::Priority, "fcfs" => Policy::Fcfs, "fair" => Policy::Fair],
+        "who is next: by class, then arrival; by arrival; or by class, then tenants' shares"),
+    number!(
+        "scheduler.ageing_ms",
+        limits.ageing_ms,
+        0,
+        DAY_MS,
+        Millis,
+        "waiting this much longer makes up for one class less urgent; 0: nothing does"
     ),
     number!(
         "stream.window_tokens_max",

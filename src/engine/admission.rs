@@ -99,7 +99,7 @@ impl EngineCore {
             .tenants
             .quote(ask, bill, self.context, now)
             .map_err(|refusal| self.tenant_refusal(refusal))?;
-        self.foresee(ask, now)?;
+        self.foresee(ask, bill.tenant, now)?;
         if self.sequences.room() == 0 {
             // Only while the ends of others are still to be told: a moment.
             return Err((RejectReason::QueueFull, self.retry(now, Shortage::Requests(1))));
@@ -180,7 +180,7 @@ impl EngineCore {
         sequence.sampling = Some(submission.sampling);
         sequence.stop = submission.stop;
         sequence.ignore_eos = submission.ignore_eos;
-        let position = self.queue.push(&mut self.sequences, index);
+        let position = self.queue.push(&mut self.sequences, &mut self.tenants.shares, index);
         self.sequences[index].egress.accepted_due = Some(position);
         self.counters.accepted += 1;
         let seq = submission.seq.recorded();

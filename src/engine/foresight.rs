@@ -60,6 +60,7 @@ impl EngineCore {
     pub(super) fn foresee(
         &mut self,
         ask: &Ask,
+        tenant: u32,
         now: Instant,
     ) -> Result<(), (RejectReason, Option<u32>)> {
         if ask.deadline.is_some_and(|deadline| deadline <= now) {
@@ -69,7 +70,7 @@ impl EngineCore {
             return Ok(());
         }
         let tokens = ask.input_tokens.min(self.context);
-        let ttft_ns = self.ttft_ns(ask.class, tokens);
+        let ttft_ns = self.ttft_ns(ask.class, tenant, tokens);
         let deadline_ns = ask.deadline.map(|deadline| deadline.ns_since(now));
         if let Some(allowed) = deadline_ns.filter(|&allowed| ttft_ns > allowed) {
             let wait = self.wait_for(ttft_ns - allowed, now);
@@ -95,9 +96,22 @@ impl EngineCore {
         Some(target_ns.max(idle_ns.saturating_mul(IDLE_TIMES)))
     }
 
-    /// Time to the first token of a prompt of this class that comes now.
-    fn ttft_ns(&self, class: Class, tokens: u32) -> u64 {
-        let (ahead, ahead_tokens) = self.ledger.ahead_of(class);
+    /// Requests and prompt tokens that come before a newcomer of this class and tenant. Those of
+    /// less urgent classes that have aged past it are left out: with them it waits a little longer.
+    fn ahead_of(&self, class: Class, tenant: u32) -> (u32, u64) {
+        let class = if self.queue.knows_classes() { class } else { Class::Bulk };
+        let (requests, tokens) = self.ledger.ahead_of(class);
+        if !self.queue.is_fair() {
+            return (requests, tokens);
+        }
+        let own = self.queue.len_of(class, tenant);
+        let turns = self.queue.turns_before(class, tenant, own).min(requests);
+        (turns, tokens * u64::from(turns) / u64::from(requests.max(1)))
+    }
+
+    /// Time to the first token of a prompt of this class and tenant that comes now.
+    fn ttft_ns(&self, class: Class, tenant: u32, tokens: u32) -> u64 {
+        let (ahead, ahead_tokens) = self.ahead_of(class, tenant);
         let ahead = u64::from(ahead) + self.batch.waiting.len() as u64;
         let free = self.batch.slots_free().len() as u64;
         let slots_ns = match (ahead + 1).saturating_sub(free) {

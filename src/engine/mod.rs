@@ -16,6 +16,7 @@
 //! | `control.rs` | credits, cancels, returned batches; drain; time-outs |
 //! | `admission.rs` | asks and submissions → grants, refusals, the queue |
 //! | `tenants.rs` | an ask → who pays, and whether they may have it now |
+//! | `fair.rs` | what tenants were served → whose turn it is |
 //! | `foresight.rs` | an ask → whether its first token would come in time |
 //! | `scheduler.rs` | sequences → a step |
 //! | `room.rs` | a step's target time → how much prefill it takes |
@@ -31,6 +32,7 @@ pub mod blocks;
 mod check;
 mod control;
 mod egress;
+pub mod fair;
 mod foresight;
 mod gate;
 pub mod ledger;
@@ -255,13 +257,15 @@ impl EngineCore {
         let EngineConfig { limits, kv_blocks, vocab, depth } = config;
         let capacity = limits.sequences_max();
         let blocks_max = blocks_for(context as usize);
+        let tenants = Tenants::new(&limits);
+        let queue = Queue::new(&limits, tenants.accounts_max());
         let idle = (0..depth).map(|_| plan::new_step(&limits, context)).collect();
         Ok(EngineCore {
             sequences: SequenceTable::new(capacity, blocks_max),
             ledger: Ledger::new(&limits),
-            tenants: Tenants::new(&limits),
+            tenants,
             meter: DrainMeter::new(limits.queued_requests_max),
-            queue: Queue::new(),
+            queue,
             batch: Batch::new(&limits),
             blocks: BlockPool::new(kv_blocks, depth),
             fronts: fronts.into_iter().map(|port| FrontLink::new(port, &limits)).collect(),

@@ -27,6 +27,8 @@ use crate::message::Ask;
 use crate::request::{Class, Name};
 
 use super::EngineCore;
+use super::fair::{self, Shares};
+use super::queue;
 use super::sequence::NONE;
 
 /// Of 1,000 answers, those that the forecast should cover. It only sets how many streams a tenant
@@ -42,8 +44,13 @@ const SHARED_BY_TENANTS: u32 = 0;
 const SHARED_BY_USERS: u32 = 1;
 const SHARED: usize = 2;
 
-/// Bytes of an account, with its place in the order of names and its forecast.
-pub(super) const BYTES: usize = size_of::<Account>() + size_of::<u32>() + OutputForecast::KEY_BYTES;
+/// Bytes of an account, with its place in the order of names, its forecast, its share and its lists
+/// in the queue.
+pub(super) const BYTES: usize = size_of::<Account>()
+    + size_of::<u32>()
+    + OutputForecast::KEY_BYTES
+    + fair::BYTES
+    + queue::FLOW_BYTES;
 
 /// Whose account it is. A tenant's own has no user.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -201,9 +208,11 @@ pub(super) struct Bill {
     /// The tenant's account; [`NONE`] for no bill at all.
     pub tenant: u32,
     /// The user's, if it has one.
-    user: u32,
-    input: u32,
-    output: u32,
+    pub user: u32,
+    /// Prompt tokens charged.
+    pub input: u32,
+    /// Output tokens charged.
+    pub output: u32,
 }
 
 impl Bill {
@@ -237,6 +246,8 @@ pub(super) struct Tenants {
     rest_last: u32,
     quotas: Quotas,
     forecast: OutputForecast,
+    /// What each account was served, for its turn.
+    pub shares: Shares,
     /// Asks for which there was no account but a shared one.
     pub shared_asks: u64,
 }
@@ -258,6 +269,11 @@ impl Tenants {
         // They are sorted by name, and so by owner.
         let mut by_owner = Vec::with_capacity(accounts_max);
         by_owner.extend(SHARED as u32..accounts.len() as u32);
+        let mut shares = Shares::new(accounts_max);
+        shares.begin(SHARED_BY_TENANTS, quotas.tenant.weight);
+        for (at, (_, quota)) in (SHARED as u32..).zip(&quotas.named) {
+            shares.begin(at, quota.weight);
+        }
         Tenants {
             accounts,
             accounts_max,
@@ -266,8 +282,14 @@ impl Tenants {
             rest_last: NONE,
             quotas,
             forecast: OutputForecast::new(accounts_max),
+            shares,
             shared_asks: 0,
         }
+    }
+
+    /// How many accounts there can be: their indices are below this.
+    pub fn accounts_max(&self) -> usize {
+        self.accounts_max
     }
 
     /// The accounts that an ask goes to, opened if they are new. Counts the ask.
@@ -334,8 +356,10 @@ impl Tenants {
         bill.input = input;
     }
 
-    /// The request is admitted: its prompt will be computed.
-    pub fn admit(&mut self, bill: &Bill, prompt_tokens: u32) {
+    /// The request is admitted: its prompt will be computed. `is_fair`: because it was its
+    /// tenant's turn.
+    pub fn admit(&mut self, bill: &Bill, class: Class, prompt_tokens: u32, is_fair: bool) {
+        self.shares.pick(bill.tenant, class, prompt_tokens, is_fair);
         for at in bill.accounts() {
             let tally = &mut self.accounts[at].tally;
             tally.admitted += 1;
@@ -345,6 +369,7 @@ impl Tenants {
 
     /// A token was produced for it.
     pub fn produce(&mut self, bill: &Bill) {
+        self.shares.produce(bill.tenant);
         bill.accounts().for_each(|at| self.accounts[at].tally.tokens_out += 1);
     }
 
@@ -396,6 +421,7 @@ impl Tenants {
     fn open(&mut self, owner: Owner, keep: u32, now: Instant) -> u32 {
         let is_user = owner.user != Name::EMPTY;
         let quota = if is_user { &self.quotas.user } else { &self.quotas.tenant };
+        let weight = quota.weight;
         let account = Account::new(owner, quota, false, now);
         let at = if self.accounts.len() < self.accounts_max {
             self.accounts.push(account);
@@ -410,6 +436,7 @@ impl Tenants {
             self.shared_asks += 1;
             return if is_user { SHARED_BY_USERS } else { SHARED_BY_TENANTS };
         };
+        self.shares.begin(at, weight);
         let place = self.place(&owner);
         self.by_owner.insert(place, at);
         self.rest(at);
@@ -511,6 +538,9 @@ pub struct TenantStats {
     pub is_shared: bool,
     /// What was counted for it.
     pub tally: Tally,
+    /// What a tenant was served, in tokens of a prompt at weight 1, and what it was lifted by
+    /// (`fair.rs`).
+    pub served: u64,
 }
 
 impl EngineCore {
@@ -522,6 +552,7 @@ impl EngineCore {
             user: account.owner.user,
             is_shared: at < SHARED,
             tally: account.tally,
+            served: self.tenants.shares.served(at as u32) / fair::UNIT,
         });
         accounts.filter(|stats| !stats.is_shared || stats.tally.requests > 0)
     }
@@ -589,7 +620,7 @@ mod tests {
         let quota = Quota { output_tokens_per_second: 10, streams_max: 1, ..Quota::UNLIMITED };
         let mut tenants = Tenants::new(&limits(quota, Quota::UNLIMITED));
         let mut owes = begin(&mut tenants, &ask("owes", ""), at_ms(0)).unwrap();
-        tenants.admit(&owes, 10);
+        tenants.admit(&owes, Class::Default, 10, false);
         tenants.settle(&mut owes, Some((10, 20)), at_ms(0));
         let runs = begin(&mut tenants, &ask("runs", ""), at_ms(0)).unwrap();
         let shared = begin(&mut tenants, &ask("new", ""), at_ms(0)).unwrap();
@@ -664,7 +695,7 @@ mod tests {
         let mut bill = begin(&mut tenants, &long, at_ms(0)).unwrap();
         assert_eq!(bill.output, 512, "nothing is known: all that the context holds");
         begin(&mut tenants, &long, at_ms(0)).unwrap_err();
-        tenants.admit(&bill, 10);
+        tenants.admit(&bill, Class::Default, 10, false);
         tenants.observe(&bill, 40);
         tenants.settle(&mut bill, Some((10, 40)), at_ms(0));
         // 60 are left, and a forecast of 40 to 47 comes out of them.
