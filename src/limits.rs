@@ -4,9 +4,11 @@
 //! [`Envelope`] and printed at start.
 
 mod envelope;
+mod quota;
 
 use crate::message::BLOCK_POSITIONS;
 pub use envelope::{Bound, Envelope, Kind, ModelShape, Sizes, show_bytes};
+pub use quota::{Quota, Quotas};
 
 /// All bounds that the cores work under. Built once from the configuration, then read only.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,6 +63,27 @@ pub struct Limits {
     pub hung_step_ms: u64,
     /// A parked sequence's client has this long to give credit.
     pub stall_timeout_ms: u64,
+    /// Tenants (and users, where those have quotas) whose accounts are kept: whoever has rested
+    /// longest makes room for a new one.
+    pub tenants_max: u32,
+    /// What each of them may take.
+    pub quotas: Quotas,
+    /// Who of the queue is admitted next.
+    pub policy: Policy,
+    /// A request ranks as if it had come this much later for each class below the top, and so
+    /// passes more urgent ones that come still later. 0: a more urgent class always comes first.
+    pub ageing_ms: u64,
+}
+
+/// Who of the queue is admitted next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// The more urgent class, with ageing; within it, first come, first served.
+    Priority,
+    /// First come, first served, whatever the class.
+    Fcfs,
+    /// As by priority, but within a class tenants take turns by what they were served.
+    Fair,
 }
 
 impl Default for Limits {
@@ -89,6 +112,10 @@ impl Default for Limits {
             breaker_open_ms: 1_000,
             hung_step_ms: 10_000,
             stall_timeout_ms: 120_000,
+            tenants_max: 1024,
+            quotas: Quotas::default(),
+            policy: Policy::Priority,
+            ageing_ms: 10_000,
         }
     }
 }
@@ -120,6 +147,10 @@ impl Limits {
             breaker_open_ms: 100,
             hung_step_ms: 1_000,
             stall_timeout_ms: 2_000,
+            tenants_max: 4,
+            quotas: Quotas::default(),
+            policy: Policy::Priority,
+            ageing_ms: 1_000,
         }
     }
 

@@ -11,9 +11,21 @@ use super::ledger::{DrainMeter, Permit, Shortage};
 use super::record::Flight;
 use super::retry::{client, is_named};
 use super::sequence::State;
+use super::tenants::{Bill, Refusal};
 
 /// While the breaker is half-open, and enough are in to see: a step later it is decided.
 const PROBE_RETRY_MS: u32 = 1_000;
+
+/// Nobody is told a longer time: what is measured now says little about then.
+const RETRY_MAX_MS: u64 = 60_000;
+
+/// What somebody comes in with.
+struct Entered {
+    bill: Bill,
+    permit: Permit,
+    client: u64,
+    foreseen: Foreseen,
+}
 
 /// Requests read from one front core in one tick. A submission costs a few microseconds (its
 /// tokens are checked): so many are a small part of a step.
@@ -75,14 +87,47 @@ impl EngineCore {
         if ask.window_tokens == 0 {
             return Err((RejectReason::Invalid, None));
         }
-        let client = client(ask);
-        let (permit, foreseen) = match self.enter(ask, client, now) {
-            Ok(entered) => entered,
-            Err((reason, Some(wait_ns))) => {
-                return Err((reason, self.promise(client, wait_ns, now)));
+        let bill = self.tenants.bill_for(ask, now);
+        let class = self.tenants.class_for(&bill, ask.class);
+        self.counters.classes_lowered += u64::from(class != ask.class);
+        let ask = Ask { class, ..*ask };
+        match self.permit(&ask, bill, now) {
+            Ok(entered) => {
+                self.tenants.charge(&entered.bill, now);
+                self.begin(front, &ask, entered, now);
+                Ok(())
             }
-            Err((reason, None)) => return Err((reason, None)),
-        };
+            Err(refusal) => {
+                self.tenants.refuse(&bill);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Asks all who have a say. Takes the queue's permit, and that last, so that a refusal takes
+    /// nothing from anybody.
+    fn permit(
+        &mut self,
+        ask: &Ask,
+        bill: Bill,
+        now: Instant,
+    ) -> Result<Entered, (RejectReason, Option<u32>)> {
+        let bill = self
+            .tenants
+            .quote(ask, bill, self.context, now)
+            .map_err(|refusal| self.tenant_refusal(refusal))?;
+        let client = client(ask);
+        match self.enter(ask, bill.tenant, client, now) {
+            Ok((permit, foreseen)) => Ok(Entered { bill, permit, client, foreseen }),
+            Err((reason, wait_ns)) => {
+                let retry_after_ms = wait_ns.and_then(|ns| self.promise(client, ns, now));
+                Err((reason, retry_after_ms))
+            }
+        }
+    }
+
+    /// A stream begins, as a sequence that may be submitted.
+    fn begin(&mut self, front: usize, ask: &Ask, entered: Entered, now: Instant) {
         self.meter.handle_arrival(now);
         self.counters.grants += 1;
         let index = self.sequences.take().expect("there was room");
@@ -92,9 +137,10 @@ impl EngineCore {
         sequence.stream = ask.stream;
         sequence.class = ask.class;
         sequence.arrival = self.arrivals;
-        sequence.permit = permit;
-        sequence.client = client;
-        sequence.foreseen = foreseen;
+        sequence.permit = entered.permit;
+        sequence.client = entered.client;
+        sequence.foreseen = entered.foreseen;
+        sequence.bill = entered.bill;
         sequence.asked_max_tokens = ask.max_tokens;
         sequence.credit = ask.window_tokens.min(self.limits.stream_window_tokens_max);
         sequence.times.arrived = now;
@@ -106,7 +152,18 @@ impl EngineCore {
         self.note(now, Flight::Grant, [ask.stream.recorded(), seq, 0]);
         self.watch(index);
         self.tell(index);
-        Ok(())
+    }
+
+    /// What a tenant is told that may not have more now. Of streams one must end first: at the
+    /// pace of now, and if they began one after the other, in an answer's time by their number.
+    fn tenant_refusal(&self, refusal: Refusal) -> (RejectReason, Option<u32>) {
+        let (reason, wait_ns) = match refusal {
+            Refusal::Rate { wait_ns } => (RejectReason::TenantRate, wait_ns),
+            Refusal::Streams(live) => {
+                (RejectReason::TooManyStreams, self.answer_ns() / u64::from(live.max(1)))
+            }
+        };
+        (reason, Some(wait_ns.div_ceil(1_000_000).clamp(1, RETRY_MAX_MS) as u32))
     }
 
     /// Lets somebody in who is not too late and finds room; otherwise says why not, and how long
@@ -115,6 +172,7 @@ impl EngineCore {
     fn enter(
         &mut self,
         ask: &Ask,
+        tenant: u32,
         client: u64,
         now: Instant,
     ) -> Result<(Permit, Foreseen), (RejectReason, Option<u64>)> {
@@ -122,7 +180,7 @@ impl EngineCore {
             true => Entry::Place,
             false => Entry::Newcomer { kept_free: self.calendar.kept_free(now) },
         };
-        let entered = self.find_room(ask, entry, now);
+        let entered = self.find_room(ask, entry, tenant, now);
         let is_final = matches!(entered, Err((_, None)));
         match entry {
             Entry::Place if !is_final => self.calendar.settle(client, entered.is_ok(), now),
@@ -139,10 +197,11 @@ impl EngineCore {
         &mut self,
         ask: &Ask,
         entry: Entry,
+        tenant: u32,
         now: Instant,
     ) -> Result<(Permit, Foreseen), (RejectReason, Option<u64>)> {
         let foreseen =
-            self.foresee(ask, entry, now).map_err(|(reason, excess_ns)| match reason {
+            self.foresee(ask, entry, tenant, now).map_err(|(reason, excess_ns)| match reason {
                 // What is past does not come back.
                 RejectReason::DeadlineExpired => (reason, None),
                 _ => (reason, Some(excess_ns)),
@@ -182,6 +241,7 @@ impl EngineCore {
         let prompt_tokens = submission.tokens.len() as u32;
         let sequence = &mut self.sequences[index];
         self.ledger.shrink(&mut sequence.permit, prompt_tokens);
+        self.tenants.shrink(&mut sequence.bill, prompt_tokens, now);
         sequence.state = State::Queued;
         sequence.prompt_tokens = prompt_tokens;
         sequence.output_max = submission.max_tokens.min(self.context - prompt_tokens);
@@ -189,7 +249,7 @@ impl EngineCore {
         sequence.sampling = Some(submission.sampling);
         sequence.stop = submission.stop;
         sequence.ignore_eos = submission.ignore_eos;
-        let position = self.queue.push(&mut self.sequences, index);
+        let position = self.queue.push(&mut self.sequences, &mut self.tenants.shares, index);
         self.sequences[index].egress.accepted_due = Some(position);
         self.counters.accepted += 1;
         let seq = submission.seq.recorded();

@@ -126,6 +126,7 @@ impl EngineCore {
         &self,
         ask: &Ask,
         entry: Entry,
+        tenant: u32,
         now: Instant,
     ) -> Result<Foreseen, (RejectReason, u64)> {
         if ask.deadline.is_some_and(|deadline| deadline <= now) {
@@ -139,7 +140,7 @@ impl EngineCore {
             Entry::Place => (0, 100),
             Entry::Newcomer { kept_free } => (kept_free, FORESEEN_PERCENT),
         };
-        let foreseen = self.foreseen(ask.class, tokens, kept_free);
+        let foreseen = self.foreseen(ask.class, tenant, tokens, kept_free);
         let wait_ns = self.hindsight.corrected(foreseen.wait_ns);
         let ttft_ns = wait_ns.saturating_add(foreseen.prefill_ns);
         let deadline_ns = ask.deadline.map(|deadline| deadline.ns_since(now));
@@ -166,10 +167,23 @@ impl EngineCore {
         Some(target_ns.max(idle_ns.saturating_mul(IDLE_TIMES)))
     }
 
+    /// Requests and prompt tokens that come before a newcomer of this class and tenant. Those of
+    /// less urgent classes that have aged past it are left out: with them it waits a little longer.
+    fn ahead_of(&self, class: Class, tenant: u32) -> (u32, u64) {
+        let class = if self.queue.knows_classes() { class } else { Class::Bulk };
+        let (requests, tokens) = self.ledger.ahead_of(class);
+        if !self.queue.is_fair() {
+            return (requests, tokens);
+        }
+        let own = self.queue.len_of(class, tenant);
+        let turns = self.queue.turns_before(class, tenant, own).min(requests);
+        (turns, tokens * u64::from(turns) / u64::from(requests.max(1)))
+    }
+
     /// The wait for a prompt of this class that comes now, if so many others who are expected were
     /// here before it; and its own prefill.
-    fn foreseen(&self, class: Class, tokens: u32, expected: u32) -> Foreseen {
-        let (ahead, ahead_tokens) = self.ledger.ahead_of(class);
+    fn foreseen(&self, class: Class, tenant: u32, tokens: u32, expected: u32) -> Foreseen {
+        let (ahead, ahead_tokens) = self.ahead_of(class, tenant);
         let ahead = u64::from(ahead) + u64::from(expected) + self.batch.waiting.len() as u64;
         let free = self.batch.slots_free().len() as u64;
         let slots_ns = match (ahead + 1).saturating_sub(free) {
@@ -220,6 +234,11 @@ impl EngineCore {
             .prefill_ns(StepLoad::default(), u64::from(prompt), 0)
             .saturating_sub(self.pace.predict_ns(StepLoad::default()));
         answer_ns.saturating_add(prompt_ns).saturating_mul(ends)
+    }
+
+    /// About how long an answer takes, beside all that run now.
+    pub(super) fn answer_ns(&self) -> u64 {
+        self.ends_ns((self.batch.running.len() as u64).max(1))
     }
 
     /// Time for prefilling `backlog` tokens of many prompts and one prompt of `tokens`, in steps

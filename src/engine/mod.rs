@@ -16,6 +16,8 @@
 //! | `control.rs` | credits, cancels, returned batches; drain; time-outs |
 //! | `admission.rs` | asks and submissions → grants, refusals, the queue |
 //! | `retry.rs` | a refusal → a place in the calendar |
+//! | `tenants.rs` | an ask → who pays, and whether they may have it now |
+//! | `fair.rs` | what tenants were served → whose turn it is |
 //! | `foresight.rs` | an ask → whether its first token would come in time |
 //! | `scheduler.rs` | sequences → a step |
 //! | `room.rs` | a step's target time → how much prefill it takes |
@@ -31,6 +33,7 @@ pub mod blocks;
 mod check;
 mod control;
 mod egress;
+pub mod fair;
 mod foresight;
 mod gate;
 pub mod ledger;
@@ -46,6 +49,7 @@ mod sequence;
 pub mod stats;
 pub mod stop;
 pub mod task;
+pub mod tenants;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -71,6 +75,7 @@ use scheduler::Batch;
 use sequence::{SequenceTable, State, Terminal, blocks_for};
 use stats::{Counters, EngineStats};
 use stop::Borders;
+use tenants::Tenants;
 
 /// What an engine is built from.
 #[derive(Clone, Debug)]
@@ -156,6 +161,9 @@ impl EngineConfig {
 /// block table, its tokens and what the front core allocated for it not counted.
 pub const SEQUENCE_BYTES: usize = sequence::BYTES + 4 * size_of::<u32>();
 
+/// Bytes of a tenant's or user's account, with all that is kept for it.
+pub const ACCOUNT_BYTES: usize = tenants::BYTES;
+
 /// The engine. See the [module's documentation](self).
 #[derive(Debug)]
 pub struct EngineCore {
@@ -167,6 +175,7 @@ pub struct EngineCore {
 
     sequences: SequenceTable,
     ledger: Ledger,
+    tenants: Tenants,
     meter: DrainMeter,
     calendar: Calendar,
     breaker: Breaker,
@@ -256,14 +265,17 @@ impl EngineCore {
         let EngineConfig { limits, kv_blocks, vocab, depth } = config;
         let capacity = limits.sequences_max();
         let blocks_max = blocks_for(context as usize);
+        let tenants = Tenants::new(&limits);
+        let queue = Queue::new(&limits, tenants.accounts_max());
         let idle = (0..depth).map(|_| plan::new_step(&limits, context)).collect();
         Ok(EngineCore {
             sequences: SequenceTable::new(capacity, blocks_max),
             ledger: Ledger::new(&limits),
+            tenants,
             meter: DrainMeter::default(),
             calendar: Calendar::new(),
             breaker: Breaker::new(limits.breaker_failures_max, limits.breaker_open_ms),
-            queue: Queue::new(),
+            queue,
             batch: Batch::new(&limits),
             blocks: BlockPool::new(kv_blocks, depth),
             fronts: fronts.into_iter().map(|port| FrontLink::new(port, &limits)).collect(),
@@ -360,6 +372,7 @@ impl EngineCore {
             blocks_retiring: self.blocks.retiring() as u32,
             blocks_total: self.blocks.total() as u32,
             steps_in_flight: self.steps_in_flight() as u32,
+            shared_asks: self.tenants.shared_asks,
         }
     }
 
@@ -415,6 +428,9 @@ impl EngineCore {
         self.leave_queue(index, now);
         self.release_blocks(index);
         let sequence = &mut self.sequences[index];
+        let used = (sequence.prompt_tokens, sequence.output_tokens());
+        let used = sequence.is_admitted().then_some(used);
+        self.tenants.settle(&mut sequence.bill, used, now);
         sequence.state = State::Ended;
         sequence.egress.text_ready = sequence.egress.text_total;
         sequence.egress.grant_due &= matches!(terminal, Terminal::Done { .. });
@@ -428,6 +444,9 @@ impl EngineCore {
         self.counters.finished[finish as usize] += 1;
         if self.sequences[index].is_admitted() {
             self.typical.observe(usage.prompt_tokens, usage.output_tokens);
+            if finish.is_natural() {
+                self.tenants.observe(&self.sequences[index].bill, usage.output_tokens);
+            }
         }
         let seq = self.sequences.key(index).recorded();
         self.note(now, Flight::Done, [seq, finish as u64, usage.output_tokens.into()]);
@@ -443,6 +462,7 @@ impl EngineCore {
         now: Instant,
     ) {
         debug_assert!(!self.sequences[index].is_admitted(), "admitted is never evicted (I5)");
+        self.tenants.refuse(&self.sequences[index].bill);
         self.counters.rejected[reason as usize] += 1;
         let seq = self.sequences.key(index).recorded();
         let retry_ms = u64::from(retry_after_ms.unwrap_or(0));

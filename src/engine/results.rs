@@ -110,6 +110,7 @@ impl EngineCore {
         assert!(sequence.tokens.len() < sequence.tokens.capacity(), "checked when submitted");
         sequence.tokens.push(token);
         self.counters.tokens_out += 1;
+        self.tenants.produce(&sequence.bill);
         if sequence.wants_logprobs() {
             let kept = top.len().min(sequence.egress.top.capacity() - sequence.egress.top.len());
             sequence.egress.top.extend_from_slice(&top[..kept]);

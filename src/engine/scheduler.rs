@@ -25,7 +25,7 @@ use super::plan;
 use super::reclaim::{Claim, PREEMPTIONS_MAX};
 use super::record::Flight;
 use super::room::StepRoom;
-use super::sequence::{SequenceTable, State};
+use super::sequence::{Sequence, SequenceTable, State};
 
 /// The admitted sequences by where they are. No list outgrows its reserved capacity.
 #[derive(Debug)]
@@ -253,7 +253,7 @@ impl EngineCore {
     fn seat_queued(&mut self, plan: &mut StepPlan, room: &mut StepRoom, now: Instant) {
         while self.batch.admitted < self.batch.admitted_max
             && self.breaker_lets_in(self.batch.in_line(), now)
-            && let Some(index) = self.queue.head()
+            && let Some(index) = self.queue.head(&self.sequences, &self.tenants.shares)
             && !self.batch.slots_free.is_empty()
             && plan::has_history_room(plan, &self.sequences[index], self.context)
         {
@@ -269,6 +269,8 @@ impl EngineCore {
             self.counters.admitted += 1;
             let sequence = &mut self.sequences[index];
             self.counters.prompt_tokens += u64::from(sequence.prompt_tokens);
+            let Sequence { bill, class, prompt_tokens, .. } = &*sequence;
+            self.tenants.admit(bill, *class, *prompt_tokens, self.queue.is_fair());
             sequence.admission = self.batch.admissions;
             sequence.times.admitted = Some(now);
             let waited_ns = now.ns_since(sequence.times.arrived);

@@ -26,6 +26,7 @@ use crate::request::{Class, FinishReason, RejectReason, SamplingParams, Timings,
 use super::foresight::Foreseen;
 use super::ledger::Permit;
 use super::stop::StopMatcher;
+use super::tenants::Bill;
 
 /// No sequence: the end of a linked list, an empty batch slot.
 pub(super) const NONE: u32 = u32::MAX;
@@ -144,6 +145,8 @@ pub(super) struct Sequence {
     pub client: u64,
     /// What was foreseen when it came.
     pub foreseen: Foreseen,
+    /// Who pays, and what was charged so far.
+    pub bill: Bill,
     /// What the client asked for; 0 when it did not say.
     pub asked_max_tokens: u32,
 
@@ -200,6 +203,7 @@ impl Sequence {
             permit: Permit::default(),
             client: 0,
             foreseen: Foreseen::default(),
+            bill: Bill::NONE,
             asked_max_tokens: 0,
             tokens: Vec::new(),
             prompt_tokens: 0,

@@ -15,6 +15,8 @@ pub struct Counters {
     pub gate_refusals: u64,
     /// Asks granted.
     pub grants: u64,
+    /// Asks treated as a less urgent class than they named: their tenant may not use that.
+    pub classes_lowered: u64,
     /// Submissions accepted into the queue.
     pub accepted: u64,
     /// Sequences whose first prefill was planned.
@@ -98,10 +100,13 @@ pub struct EngineStats {
     pub blocks_total: u32,
     /// Steps at the device.
     pub steps_in_flight: u32,
+    /// Asks of tenants and users for whom there was no room for an account of their own. Only
+    /// grows.
+    pub shared_asks: u64,
 }
 
 /// How many numbers [`EngineStats::named`] has.
-pub const NAMED: usize = 44;
+pub const NAMED: usize = 47;
 
 impl EngineStats {
     /// The numbers that STATS_REPLY shows, by name. Those of `counters` only grow.
@@ -127,6 +132,9 @@ impl EngineStats {
             ("engine_grants", counters.grants),
             ("engine_admitted", counters.admitted),
             ("engine_rejected", counters.rejected.iter().sum()),
+            ("engine_rejected_tenant_rate", counters.rejected[RejectReason::TenantRate as usize]),
+            ("engine_classes_lowered", counters.classes_lowered),
+            ("engine_shared_account_asks", self.shared_asks),
             ("engine_finished", counters.finished.iter().sum()),
             ("engine_steps", counters.steps),
             ("engine_steps_completed", counters.steps_completed),

@@ -67,6 +67,8 @@ pub struct Sizes {
     pub calendar_bytes: u64,
     /// A sequence in the engine's table, its fixed part.
     pub sequence_bytes: u64,
+    /// A tenant's or user's account, with all that the engine keeps for it.
+    pub account_bytes: u64,
     /// A stream in a front core's table, its fixed part.
     pub stream_bytes: u64,
     /// A connection in a front core's table, its fixed part.
@@ -241,6 +243,7 @@ fn engine_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Boun
     let admitted = u64::from(limits.running_max) + u64::from(limits.parked_max);
     let window = u64::from(limits.stream_window_tokens_max);
     let held_text = STOP_STRING_BYTES_MAX as u64 + shape.longest_token_bytes;
+    let accounts = u64::from(limits.tenants_max) + 2;
     vec![
         line(
             "sequence table",
@@ -272,6 +275,7 @@ fn engine_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Boun
             Kind::OnDemand,
             "a window of tokens a stream",
         ),
+        line("accounts", accounts, sizes.account_bytes, Kind::Reserved, "tenants_max + 2 shared"),
         line(
             "step boxes",
             sizes.depth + 1,
@@ -456,6 +460,7 @@ mod tests {
             host_bytes: 0,
             calendar_bytes: 25_000,
             sequence_bytes: 512,
+            account_bytes: 512,
             stream_bytes: 256,
             connection_bytes: 256,
             receive_piece_bytes: 4096,
@@ -534,6 +539,7 @@ mod tests {
         grown(|l| l.parked_max += 1);
         grown(|l| l.step_tokens_max += 1);
         grown(|l| l.context_max += 1);
+        grown(|l| l.tenants_max += 1);
     }
 
     #[test]

@@ -7,9 +7,10 @@ use std::rc::Rc;
 use forebay::base::{Instant, Prng, Ratio};
 use forebay::device::DeviceCore;
 use forebay::engine::{EngineConfig, EngineCore};
+use forebay::limits::Quota;
 use forebay::message::EVENT_BATCHES;
 use forebay::ports::{connect_device, connect_front};
-use forebay::request::{FinishReason, RejectReason};
+use forebay::request::{Class, FinishReason, Name, RejectReason};
 use forebay::ring::Doorbell;
 
 use crate::device::{Device, SimBackend};
@@ -44,6 +45,10 @@ pub struct Seen {
     pub stale: u64,
     pub gate_refusals: u64,
     pub breaker_trips: u64,
+    /// Asks of tenants for whom there was no account of their own.
+    pub shared_asks: u64,
+    /// Moves with two tenants and more in line for their turn.
+    pub turns: u64,
 }
 
 impl Seen {
@@ -67,6 +72,8 @@ impl Seen {
         self.stale += other.stale;
         self.gate_refusals += other.gate_refusals;
         self.breaker_trips += other.breaker_trips;
+        self.shared_asks += other.shared_asks;
+        self.turns += other.turns;
         self.finished.iter_mut().zip(other.finished).for_each(|(sum, n)| *sum += n);
         self.rejected.iter_mut().zip(other.rejected).for_each(|(sum, n)| *sum += n);
     }
@@ -87,6 +94,7 @@ pub struct World {
     calm: bool,
     drain_at: Option<Instant>,
     front_dies_at: Option<Instant>,
+    turns: u64,
 }
 
 /// Who stands on the engine's front side.
@@ -174,6 +182,7 @@ impl World {
             calm: false,
             drain_at,
             front_dies_at,
+            turns: 0,
             prng,
             options,
         }
@@ -251,6 +260,7 @@ impl World {
                 self.engine.check_invariants()?;
                 self.check_links()?;
                 self.check_gate()?;
+                self.check_shares()?;
                 busy
             }
             1 => {
@@ -284,6 +294,42 @@ impl World {
             front.check_links(batches_idle)?;
         }
         Ok(())
+    }
+
+    /// Tenants that ask in one class and wait for their turn are not further apart than the bound
+    /// that `fair.rs` derives.
+    fn check_shares(&mut self) -> Result<(), String> {
+        if self.options.one_class.is_none() {
+            return Ok(());
+        }
+        for class in Class::ALL {
+            let (gap, most) = self.engine.fair_gap(class);
+            self.turns += u64::from(gap > 0);
+            if gap > most {
+                return Err(format!("tenants are {gap} apart in {class:?}, not {most} at most"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The accounts of tenants: nobody has a stream any more, and if none had to make room for
+    /// another they sum to what was counted for all.
+    fn check_tenants_at_end(&self) -> Result<(), String> {
+        let stats = self.engine.stats();
+        let mut output = 0;
+        for one in self.engine.tenants() {
+            if one.tally.live > 0 || one.tally.admitted > 0 {
+                return Err(format!("{one:?} has streams, and nobody else has"));
+            }
+            output += if one.user == Name::EMPTY { one.tally.tokens_out } else { 0 };
+        }
+        let has_users = self.options.limits.quotas.user != Quota::UNLIMITED;
+        let all_kept = self.options.tenants <= self.options.limits.tenants_max as usize;
+        let counted = stats.counters.tokens_out;
+        match output == counted || has_users || !all_kept {
+            true => Ok(()),
+            false => Err(format!("tenants had {output} tokens of {counted}")),
+        }
     }
 
     /// As of the end of every tick: the gate is closed while there is a reason, and no longer.
@@ -381,6 +427,7 @@ impl World {
         if all_there && rejected.is_some_and(|rejected| rejected != counted) {
             return Err(format!("{rejected:?} were rejected, the engine knows of {counted}"));
         }
+        self.check_tenants_at_end()?;
         let counts = self.engine.census();
         if self.fronts.len() == self.options.fronts
             && counts.batches_idle.iter().any(|&batches| batches != EVENT_BATCHES)
@@ -403,6 +450,8 @@ impl World {
             stale: stats.counters.stale_messages,
             gate_refusals: stats.counters.gate_refusals,
             breaker_trips: stats.breaker_trips,
+            shared_asks: stats.shared_asks,
+            turns: self.turns,
             ..Seen::default()
         };
         self.fronts.iter().for_each(|front| front.count(&mut seen));
