@@ -81,6 +81,9 @@ pub enum Command {
     /// Measure a server under load: times, throughput, goodput, refusals.
     #[command(after_help = BENCH_HELP)]
     Bench(Bench),
+    /// Show a policy at work: the same load with it off, then on.
+    #[command(after_help = DEMO_HELP)]
+    Demo(Demo),
     /// Show which CPU would do what, and how much memory it would take at most.
     Plan(Plan),
     /// Say what is wrong in a configuration, all at once, or print the settings in force.
@@ -112,7 +115,7 @@ fn check_long_help() -> String {
 }
 
 /// Where settings come from; any subcommand that needs a configuration takes these.
-#[derive(Args, Debug, Default)]
+#[derive(Clone, Args, Debug, Default)]
 pub struct Settings {
     /// Configuration file (TOML).
     #[arg(long, env = "FOREBAY_CONFIG", value_name = "FILE")]
@@ -292,6 +295,12 @@ pub struct Bench {
     /// Output lengths in tokens.
     #[arg(long, value_name = "LENGTHS", default_value = "64")]
     pub output: String,
+    /// Who pays.
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub tenant: String,
+    /// Priority class: system, interactive, default, bulk.
+    #[arg(long, value_name = "CLASS", default_value = "default")]
+    pub class: String,
     /// Seconds before anything is measured.
     #[arg(long, value_name = "S", default_value = "2", value_parser = not_negative)]
     pub warm_up: f64,
@@ -320,6 +329,30 @@ pub struct Bench {
     #[arg(long, short)]
     pub quiet: bool,
     /// For the server in this process.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+const DEMO_HELP: &str = "\
+Examples:
+  forebay demo --list
+  forebay demo collapse
+  forebay demo --all               exit code 1 when an effect is absent
+";
+
+/// Arguments of `forebay demo`.
+#[derive(Args, Debug)]
+pub struct Demo {
+    /// Which; --list names them.
+    #[arg(required_unless_present_any = ["all", "list"], conflicts_with_all = ["all", "list"])]
+    pub name: Option<String>,
+    /// One after the other: some minutes.
+    #[arg(long)]
+    pub all: bool,
+    /// Names them, and says what each shows.
+    #[arg(long)]
+    pub list: bool,
+    /// For the servers in this process, on both sides.
     #[command(flatten)]
     pub settings: Settings,
 }

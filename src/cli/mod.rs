@@ -6,6 +6,7 @@ mod args;
 mod backend;
 mod bench;
 mod chat;
+mod demo;
 mod models;
 mod plan;
 pub mod pull;
@@ -83,6 +84,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Run(args)) => run::run(&args),
         Some(Command::Chat(args)) => chat::chat(&args),
         Some(Command::Bench(args)) => bench(&args),
+        Some(Command::Demo(args)) => demo::run(&args),
         None => serve::serve(&args::Settings::default()),
     }
 }

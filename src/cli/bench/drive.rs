@@ -17,7 +17,7 @@ use crate::client::{
     ClientCore, ClientError, ClientOptions, Event, Request, RequestPrompt, ServerInfo,
 };
 use crate::protocol::Capabilities;
-use crate::request::FinishReason;
+use crate::request::{Class, FinishReason, Name};
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -32,6 +32,10 @@ pub struct Plan {
     pub prompt: Lengths,
     /// Output lengths.
     pub output: Lengths,
+    /// Who pays.
+    pub tenant: Name,
+    /// Priority class of all requests.
+    pub class: Class,
     /// Where all randomness comes from.
     pub seed: u64,
     /// Not measured.
@@ -90,6 +94,8 @@ const WINDOW_TOKENS: u32 = 256;
 
 struct Connection {
     core: ClientCore,
+    tenant: Name,
+    class: Class,
     /// The requests of its streams.
     requests: BTreeMap<u32, Progress>,
     /// Requests that may be sent and are not answered yet: what is left of the server's credit.
@@ -98,9 +104,10 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(core: ClientCore) -> Connection {
+    fn new(core: ClientCore, plan: &Plan) -> Connection {
+        let (tenant, class) = (plan.tenant, plan.class);
         let request_credit = core.info().expect("the handshake is done").request_credit;
-        Connection { core, requests: BTreeMap::new(), request_credit, broken: false }
+        Connection { core, tenant, class, requests: BTreeMap::new(), request_credit, broken: false }
     }
 
     fn streams_max(&self) -> usize {
@@ -123,6 +130,7 @@ impl Connection {
         let mut request = Request::new(RequestPrompt::Tokens(job.prompt));
         request.max_tokens = Some(job.output_tokens);
         request.window_tokens = WINDOW_TOKENS;
+        (request.tenant, request.class) = (self.tenant, self.class);
         request.options.ignore_eos = true;
         request.options.sampling.temperature = 0.0;
         // The connection has just ended, or the server takes no requests so long.
@@ -190,7 +198,7 @@ pub fn run(plan: &Plan, show: &mut dyn FnMut(Duration, &Tally)) -> Result<Outcom
     for _ in 0..plan.connections {
         let (socket, core) = connect(plan.target)?;
         sockets.push(socket);
-        connections.push(Connection::new(core));
+        connections.push(Connection::new(core, plan));
     }
     let server = connections[0].core.info().expect("the handshake is done").clone();
     let measured = plan.warm_up.as_nanos() as u64;

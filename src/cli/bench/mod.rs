@@ -13,10 +13,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::args;
 use super::{Failure, models};
-use drive::{Outcome, Plan};
+use crate::request::{Class, Name};
+pub(super) use drive::{DriveError, Outcome, Plan, run as drive};
 use report::{Report, Setup};
-use tally::{Slo, Tally};
-use workload::{Arrivals, Lengths};
+pub(super) use tally::Slo;
+use tally::Tally;
+pub(super) use workload::{Arrivals, Lengths};
 
 /// Streams for which another connection is opened: under the default
 /// `limits.streams_per_connection_max` of 128.
@@ -34,7 +36,7 @@ pub(super) fn run(args: &args::Bench, target: SocketAddr, name: &str) -> Result<
         bar.set_position(elapsed.as_millis() as u64);
         bar.set_message(format!("{} begun, {} completed", tally.requests, tally.completed));
     };
-    let outcome = drive::run(&plan, &mut show);
+    let outcome = drive(&plan, &mut show);
     bar.finish_and_clear();
     let outcome = outcome.map_err(|error| Failure::Runtime(error.to_string()))?;
     let report = report(args, &plan, &outcome, name);
@@ -68,6 +70,10 @@ fn plan(args: &args::Bench, target: SocketAddr) -> Result<Plan, Failure> {
         arrivals,
         prompt: lengths("--prompt", &args.prompt)?,
         output: lengths("--output", &args.output)?,
+        tenant: Name::new(&args.tenant).ok_or_else(|| {
+            Failure::Usage(format!("--tenant: at most {} bytes of text", Name::BYTES_MAX))
+        })?,
+        class: class(&args.class)?,
         seed: args.seed,
         warm_up: Duration::from_secs_f64(args.warm_up),
         duration: Duration::from_secs_f64(args.duration),
@@ -76,6 +82,13 @@ fn plan(args: &args::Bench, target: SocketAddr) -> Result<Plan, Failure> {
             ttft_ns: (args.slo_ttft_ms * 1e6) as u64,
             itl_ns: (args.slo_itl_ms * 1e6) as u64,
         },
+    })
+}
+
+fn class(name: &str) -> Result<Class, Failure> {
+    Class::ALL.into_iter().find(|class| class.name() == name).ok_or_else(|| {
+        let names = Class::ALL.map(Class::name).join(", ");
+        Failure::Usage(format!("--class {name:?}: must be one of {names}"))
     })
 }
 

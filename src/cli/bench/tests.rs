@@ -15,7 +15,7 @@ use crate::protocol::{
     Accepted, Capabilities, ClientFrame, Decoder, Done, Piece, Rejected, ServerFrame, Side,
     TokensWriter, VERSION, Welcome,
 };
-use crate::request::{FinishReason, RejectReason, Timings, Usage};
+use crate::request::{Class, FinishReason, Name, RejectReason, Timings, Usage};
 
 /// How the stand-in behaves.
 #[derive(Clone, Copy, Default)]
@@ -171,6 +171,8 @@ fn answer(stream: u32, state: &mut Stream, out: &mut Vec<u8>) -> bool {
 
 fn plan(target: SocketAddr, arrivals: Arrivals) -> Plan {
     Plan {
+        tenant: Name::EMPTY,
+        class: Class::Default,
         target,
         connections: 2,
         arrivals,
