@@ -65,6 +65,20 @@ fn who_asks_too_often_is_refused_with_the_time_at_which_it_will_be_granted() {
 }
 
 #[test]
+fn a_bucket_that_needs_long_says_so_and_is_right() {
+    let quota = Quota { requests_per_minute: 1, ..Quota::UNLIMITED };
+    let limits = Limits { queue_ttl_ms: 1_000, ..limits(quota) };
+    let mut bench = Bench::new(&limits, 8);
+    assert!(is_granted(&mut bench, &of("a")));
+    let told = answer_to(&mut bench, &of("a"));
+    assert_eq!(told, Told::Reject(RejectReason::TenantRate, Some(60_000)));
+    bench.pass_ms(59_999);
+    assert!(!is_granted(&mut bench, &of("a")));
+    bench.pass_ms(1);
+    assert!(is_granted(&mut bench, &of("a")));
+}
+
+#[test]
 fn a_refusal_by_anybody_else_costs_the_tenant_nothing() {
     let quota = Quota { requests_per_second: 1, ..Quota::UNLIMITED };
     let mut bench = Bench::new(&Limits { queued_requests_max: 1, ..limits(quota) }, 8);

@@ -2,6 +2,7 @@
 
 use crate::base::Instant;
 use crate::flow::Closed;
+use crate::flow::calendar::HORIZON_MS;
 use crate::message::{Ask, RequestMessage, Submission};
 use crate::request::{RejectReason, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 
@@ -15,9 +16,6 @@ use super::tenants::{Bill, Refusal};
 
 /// While the breaker is half-open, and enough are in to see: a step later it is decided.
 const PROBE_RETRY_MS: u32 = 1_000;
-
-/// Nobody is told a longer time: what is measured now says little about then.
-const RETRY_MAX_MS: u64 = 60_000;
 
 /// What somebody comes in with.
 struct Entered {
@@ -154,16 +152,20 @@ impl EngineCore {
         self.tell(index);
     }
 
-    /// What a tenant is told that may not have more now. Of streams one must end first: at the
-    /// pace of now, and if they began one after the other, in an answer's time by their number.
+    /// What a tenant is told that may not have more now. When a bucket has enough is known, however
+    /// long it takes, and nobody but the tenant itself can take it away meanwhile: that needs no
+    /// place in the calendar. Of streams one must end first: at the pace of now, and if they began
+    /// one after the other, in an answer's time by their number.
     fn tenant_refusal(&self, refusal: Refusal) -> (RejectReason, Option<u32>) {
-        let (reason, wait_ns) = match refusal {
-            Refusal::Rate { wait_ns } => (RejectReason::TenantRate, wait_ns),
+        let to_ms = |ns: u64| ns.div_ceil(1_000_000).max(1);
+        let (reason, wait_ms) = match refusal {
+            Refusal::Rate { wait_ns } => (RejectReason::TenantRate, to_ms(wait_ns)),
             Refusal::Streams(live) => {
-                (RejectReason::TooManyStreams, self.answer_ns() / u64::from(live.max(1)))
+                let wait_ns = self.answer_ns() / u64::from(live.max(1));
+                (RejectReason::TooManyStreams, to_ms(wait_ns).min(HORIZON_MS))
             }
         };
-        (reason, Some(wait_ns.div_ceil(1_000_000).clamp(1, RETRY_MAX_MS) as u32))
+        (reason, Some(u32::try_from(wait_ms).unwrap_or(u32::MAX)))
     }
 
     /// Lets somebody in who is not too late and finds room; otherwise says why not, and how long

@@ -138,8 +138,10 @@ impl Options {
         if limits.policy == Policy::Fair && p.chance(Ratio::percent(50)) {
             self.one_class = Some(Class::ALL[p.index(4)]);
         }
-        limits.quotas.tenant = draw_quota(p);
-        if p.chance(Ratio::percent(30)) {
+        if p.chance(Ratio::percent(40)) {
+            limits.quotas.tenant = draw_quota(p);
+        }
+        if p.chance(Ratio::percent(15)) {
             limits.quotas.user = Quota { class_ceiling: Class::System, ..draw_quota(p) };
         }
     }

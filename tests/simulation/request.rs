@@ -452,14 +452,15 @@ impl Cursor {
     }
 }
 
-/// The time that a refused client was told: none, or one that is not too far off.
+/// The time that a refused client was told: none, or one that is not too far off. What a bucket
+/// needs is known, however long it is.
 fn check_retry(reason: RejectReason, retry_after_ms: Option<u32>) -> Result<(), String> {
     use RejectReason::{TenantRate, TooManyStreams};
     let passes = matches!(reason, TenantRate | TooManyStreams);
     if passes && retry_after_ms.is_none() {
         return Err(format!("{reason:?}, and no word when to come back"));
     }
-    let most_ms = if passes { 60_000 } else { 30_000 };
+    let most_ms = if reason == TenantRate { u32::MAX } else { 30_000 };
     match retry_after_ms.is_some_and(|ms| ms == 0 || ms > most_ms) {
         true => Err(format!("told to come back in {retry_after_ms:?} ms")),
         false => Ok(()),
