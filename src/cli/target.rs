@@ -8,6 +8,7 @@ use super::pull::{self, Progress};
 use super::server::Server;
 use super::{Failure, serve};
 use crate::client::{Client, ClientOptions};
+use crate::config::METRICS_DEFAULT;
 use crate::runtime::probe;
 
 /// How long a server at the default address has to answer before one is started here: one that
@@ -42,6 +43,10 @@ impl Target {
         let flavour = serve::choose_flavour(&config, &probe)?;
         let mut config = config;
         config.server.listen.set_port(0);
+        if config.metrics.listen == Some(METRICS_DEFAULT) {
+            // That is for servers; this one is gone in a moment.
+            config.metrics.listen = None;
+        }
         let name = config.model.to_string();
         let server = Server::start_on(&config, &name, &path, flavour, &probe)?;
         let address = server.address();

@@ -46,6 +46,7 @@ impl EngineCore {
         self.note(now, Flight::Ask, [stream, class, ask.input_tokens.into()]);
         if let Err((reason, retry_after_ms)) = self.grant(front, ask, now) {
             self.counters.rejected[reason as usize] += 1;
+            self.load.turned_away(1);
             let retry_ms = u64::from(retry_after_ms.unwrap_or(0));
             self.note(now, Flight::Refuse, [stream, reason as u64, retry_ms]);
             self.fronts[front].answer(ask.stream, reason, retry_after_ms);
@@ -68,7 +69,7 @@ impl EngineCore {
         if ask.window_tokens == 0 {
             return Err((RejectReason::Invalid, None));
         }
-        self.foresee(ask, now)?;
+        let ttft_foreseen_ns = self.foresee(ask, now)?;
         if self.sequences.room() == 0 {
             // Only while the ends of others are still to be told: a moment.
             return Err((RejectReason::QueueFull, self.retry(now, Shortage::Requests(1))));
@@ -91,6 +92,7 @@ impl EngineCore {
         sequence.arrival = self.arrivals;
         sequence.permit = permit;
         sequence.asked_max_tokens = ask.max_tokens;
+        sequence.ttft_foreseen_ns = ttft_foreseen_ns;
         sequence.credit = ask.window_tokens.min(self.limits.stream_window_tokens_max);
         sequence.times.arrived = now;
         sequence.times.deadline = ask.deadline.unwrap_or(Instant::NEVER);

@@ -14,6 +14,7 @@ use crate::message::Ask;
 use crate::request::{Class, RejectReason};
 
 use super::EngineCore;
+use super::stats::permille;
 
 /// A prompt may take this many times what it takes on an idle engine, whatever the target is.
 const IDLE_TIMES: u64 = 3;
@@ -55,18 +56,37 @@ impl Typical {
     }
 }
 
+/// What stands before a newcomer's own prefill.
+struct Wait {
+    /// Until enough answers have ended for it to get a slot.
+    slots_ns: u64,
+    /// Until the prompts before it are computed.
+    backlog_ns: u64,
+    /// What its prefill shares the steps with.
+    beside: StepLoad,
+}
+
+/// See [`EngineCore::outlook`].
+pub(super) struct Outlook {
+    /// Until an ordinary newcomer's own prefill begins.
+    pub wait_ns: u64,
+    /// The prompts before it, of the time that it may wait.
+    pub prefill_permille: u64,
+}
+
 impl EngineCore {
-    /// Refuses what would get its first token too late, by the estimate of now.
+    /// Refuses what would get its first token too late, by the estimate of now; returns the
+    /// estimate, if there is one yet.
     pub(super) fn foresee(
         &mut self,
         ask: &Ask,
         now: Instant,
-    ) -> Result<(), (RejectReason, Option<u32>)> {
+    ) -> Result<Option<u64>, (RejectReason, Option<u32>)> {
         if ask.deadline.is_some_and(|deadline| deadline <= now) {
             return Err((RejectReason::DeadlineExpired, None));
         }
         if self.pace.observed() < STEPS_SEEN_MIN {
-            return Ok(());
+            return Ok(None);
         }
         let tokens = ask.input_tokens.min(self.context);
         let ttft_ns = self.ttft_ns(ask.class, tokens);
@@ -80,8 +100,19 @@ impl EngineCore {
                 let wait = self.wait_for(ttft_ns - allowed, now);
                 Err((RejectReason::TtftUnattainable, wait))
             }
-            _ => Ok(()),
+            _ => Ok(Some(ttft_ns)),
         }
+    }
+
+    /// How long the resources of now would keep a newcomer, for whoever watches.
+    pub(super) fn outlook(&self) -> Outlook {
+        let wait = self.wait_ns(Class::Default);
+        let target_ms = match self.limits.ttft_target_ms {
+            0 => self.limits.queue_ttl_ms,
+            target_ms => target_ms,
+        };
+        let prefill = permille(wait.backlog_ns, target_ms.saturating_mul(MS));
+        Outlook { wait_ns: wait.slots_ns.max(wait.backlog_ns), prefill_permille: prefill }
     }
 
     /// What may be foreseen for a prompt of this class; `None`: anything.
@@ -97,6 +128,12 @@ impl EngineCore {
 
     /// Time to the first token of a prompt of this class that comes now.
     fn ttft_ns(&self, class: Class, tokens: u32) -> u64 {
+        let Wait { slots_ns, backlog_ns, beside } = self.wait_ns(class);
+        slots_ns.max(backlog_ns).saturating_add(self.prefill_ns(beside, 0, tokens))
+    }
+
+    /// What stands before the prefill of a prompt of this class that comes now.
+    fn wait_ns(&self, class: Class) -> Wait {
         let (ahead, ahead_tokens) = self.ledger.ahead_of(class);
         let ahead = u64::from(ahead) + self.batch.waiting.len() as u64;
         let free = self.batch.slots_free().len() as u64;
@@ -113,8 +150,7 @@ impl EngineCore {
                 left => backlog += left as u64,
             }
         }
-        let backlog_ns = self.prefill_ns(beside, backlog, 0);
-        slots_ns.max(backlog_ns).saturating_add(self.prefill_ns(beside, 0, tokens))
+        Wait { slots_ns, backlog_ns: self.prefill_ns(beside, backlog, 0), beside }
     }
 
     /// Time until `ends` answers have ended: all that run advance together, a token a step, and

@@ -37,7 +37,9 @@ impl EngineCore {
         let (rows, took_ns) = (step.plan.rows.len() as u64, step.result.elapsed_ns);
         self.note(now, Flight::StepFinished, [step.plan.number, rows, took_ns]);
         if step.result.failure.is_none() {
-            self.learn(plan::load(&step.plan), step.result.elapsed_ns);
+            let load = plan::load(&step.plan);
+            self.counters.step_foreseen.observe(self.pace.predict_ns(load), took_ns);
+            self.learn(load, took_ns);
         }
         match step.result.failure {
             None if self.matches_its_plan(step) => self.handle_samples(step, now),
@@ -50,6 +52,19 @@ impl EngineCore {
             }
         }
         self.load.served(ended(&self.counters) - ended_before, step.result.elapsed_ns);
+        if self.steps_in_flight() == 0 {
+            self.device.idle_since = now;
+            self.device.idle_is_gap = !self.batch.running.is_empty();
+        }
+    }
+
+    /// The device gets something to do again.
+    pub(super) fn end_idle_time(&mut self, now: Instant) {
+        let idle_ns = now.ns_since(self.device.idle_since);
+        self.counters.device_idle_ns += idle_ns;
+        if self.device.idle_is_gap {
+            self.counters.device_gap_ns += idle_ns;
+        }
     }
 
     /// Whether the result has one token for each row that samples, in the rows' order.
@@ -90,12 +105,7 @@ impl EngineCore {
         now: Instant,
     ) {
         let token = sample.token;
-        let sequence = &mut self.sequences[index];
-        if sequence.times.first_token.is_none() {
-            sequence.times.first_token = Some(now);
-            let ttft_ns = now.ns_since(sequence.times.arrived);
-            self.note(now, Flight::FirstToken, [sample.seq.recorded(), ttft_ns, 0]);
-        }
+        self.time_token(index, now);
         let sequence = &mut self.sequences[index];
         if self.table.is_end(token) && !sequence.ignore_eos {
             self.finish(index, FinishReason::EndOfText, now);
@@ -133,6 +143,24 @@ impl EngineCore {
             return;
         }
         self.tell(index);
+    }
+
+    /// Notes when a token came.
+    fn time_token(&mut self, index: u32, now: Instant) {
+        let sequence = &mut self.sequences[index];
+        let before = std::mem::replace(&mut sequence.times.last_token, now);
+        if sequence.times.first_token.is_some() {
+            self.histograms.itl.observe(now.ns_since(before));
+            return;
+        }
+        sequence.times.first_token = Some(now);
+        let ttft_ns = now.ns_since(sequence.times.arrived);
+        self.histograms.ttft.observe(ttft_ns);
+        if let Some(foreseen_ns) = sequence.ttft_foreseen_ns {
+            self.counters.ttft_foreseen.observe(foreseen_ns, ttft_ns);
+        }
+        let seq = self.sequences.key(index).recorded();
+        self.note(now, Flight::FirstToken, [seq, ttft_ns, 0]);
     }
 
     /// Nothing of the step was computed: its sequences' KV is not what the engine thinks.

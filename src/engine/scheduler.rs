@@ -153,6 +153,7 @@ impl EngineCore {
         let sequence = &mut self.sequences[index];
         let parked_ns = now.ns_since(sequence.times.left_batch);
         sequence.times.parked_ns += parked_ns;
+        sequence.times.last_token = sequence.times.last_token.plus_ns(parked_ns);
         let seq = self.sequences.key(index).recorded();
         self.note(now, Flight::Resume, [seq, parked_ns, 0]);
         self.wait(index, now);
@@ -265,6 +266,8 @@ impl EngineCore {
             sequence.admission = self.batch.admissions;
             sequence.times.admitted = Some(now);
             let waited_ns = now.ns_since(sequence.times.arrived);
+            self.histograms.queue.observe(waited_ns);
+            self.load.admitted(1, now);
             let seq = self.sequences.key(index).recorded();
             self.note(now, Flight::Admit, [seq, waited_ns, 0]);
             self.seat(index);
@@ -314,6 +317,9 @@ impl EngineCore {
         assert_eq!(checked, Ok(()), "the engine's own plan is invalid");
         debug_assert!(step.plan.blocks.iter().all(|&b| self.blocks.references(b) > 0));
         debug_assert!(step.plan.blocks.len() * BLOCK_POSITIONS >= step.plan.tokens.len());
+        if self.steps_in_flight() == 0 {
+            self.end_idle_time(now);
+        }
         self.device.submitted = step.plan.number;
         self.counters.steps += 1;
         self.counters.rows += step.plan.rows.len() as u64;

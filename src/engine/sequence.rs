@@ -87,6 +87,8 @@ pub(super) struct Times {
     pub arrived: Instant,
     pub admitted: Option<Instant>,
     pub first_token: Option<Instant>,
+    /// When its newest token came, moved on by the time that its client kept it parked since.
+    pub last_token: Instant,
     /// Since when it is parked, or waits: meaningful in these two states.
     pub left_batch: Instant,
     pub parked_ns: u64,
@@ -139,6 +141,8 @@ pub(super) struct Sequence {
     pub admission: u64,
     pub times: Times,
     pub permit: Permit,
+    /// When its first token was expected, as of the ask; `None` before steps had been seen.
+    pub ttft_foreseen_ns: Option<u64>,
     /// What the client asked for; 0 when it did not say.
     pub asked_max_tokens: u32,
 
@@ -193,6 +197,7 @@ impl Sequence {
             admission: 0,
             times: Times::default(),
             permit: Permit::default(),
+            ttft_foreseen_ns: None,
             asked_max_tokens: 0,
             tokens: Vec::new(),
             prompt_tokens: 0,
