@@ -1,8 +1,8 @@
 //! Numbers on show: what a core has counted and where it stands, by name, where anybody can read
 //! them at any time.
 //!
-//! A core tells its numbers in one place ([`Tell`]); STATS_REPLY, the metrics page and `forebay top`
-//! all read the same board, so that no number has a twin.
+//! A core tells its numbers in one place ([`Tell`]); STATS_REPLY, the metrics page and `forebay
+//! top` all read the same board, so that no number has a twin.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -6,6 +6,7 @@ mod args;
 mod backend;
 mod bench;
 mod chat;
+mod dump;
 mod models;
 mod plan;
 pub mod pull;
@@ -14,6 +15,7 @@ mod serve;
 pub mod server;
 mod settings;
 mod target;
+mod top;
 
 use std::process::ExitCode;
 
@@ -83,6 +85,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Run(args)) => run::run(&args),
         Some(Command::Chat(args)) => chat::chat(&args),
         Some(Command::Bench(args)) => bench(&args),
+        Some(Command::Top(args)) => top::top(&args),
+        Some(Command::Dump(args)) => dump::dump(&args),
         None => serve::serve(&args::Settings::default()),
     }
 }

@@ -219,6 +219,9 @@ impl Server {
         let choice = Choice::new(config)?;
         let notes = choice.notes();
         let sizing = Sizing::new(config, &gguf, &model.config, &choice, probe)?;
+        let page =
+            Page { model: name.to_owned(), block_positions: BLOCK_POSITIONS, boards: new_boards() };
+        let metrics = open_metrics(config.metrics.listen, METRICS_DEFAULT, &page)?;
         let device_bell = Doorbell::new();
         let bell = Arc::clone(&device_bell);
         let sizes = sizing.backend(sizing.kv_blocks);
@@ -227,9 +230,6 @@ impl Server {
         drop(gguf);
         let description = backend.description().clone();
         let envelope = plan::envelope(&sizing, &model, &description, path);
-        let page =
-            Page { model: name.to_owned(), block_positions: BLOCK_POSITIONS, boards: new_boards() };
-        let metrics = open_metrics(config.metrics.listen, METRICS_DEFAULT, &page)?;
         let (parts, life) = Parts::new(&sizing, model, backend, device_bell, &page.boards)?;
         let (listening, listened) = mpsc::sync_channel(1);
         let door = Door { flavour, listen: config.server.listen, listening };

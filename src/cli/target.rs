@@ -31,7 +31,8 @@ impl Target {
     /// process, on a free port.
     pub(super) fn find(connect: Option<&str>, settings: &Settings) -> Result<Target, Failure> {
         if let Some(name) = connect {
-            return Target::named(name);
+            let address = resolve(name)?;
+            return Ok(Target { address, name: name.to_owned(), own: None });
         }
         let config = super::settings::load(settings)?.config;
         let listen = config.server.listen;
@@ -53,14 +54,6 @@ impl Target {
         Ok(Target { address, name: "in this process".into(), own: Some(server) })
     }
 
-    fn named(name: &str) -> Result<Target, Failure> {
-        let unusable =
-            |what: String| Failure::Usage(format!("--connect {name:?}: {what}; HOST:PORT"));
-        let mut addresses = name.to_socket_addrs().map_err(|e| unusable(e.to_string()))?;
-        let address = addresses.next().ok_or_else(|| unusable("no address".into()))?;
-        Ok(Target { address, name: name.to_owned(), own: None })
-    }
-
     /// Ends the server, if it is one in this process; what is in progress is cancelled.
     pub(super) fn end(self) -> Result<(), Failure> {
         if let Some(server) = self.own {
@@ -69,6 +62,13 @@ impl Target {
         }
         Ok(())
     }
+}
+
+/// The address that `--connect` means.
+pub(super) fn resolve(name: &str) -> Result<SocketAddr, Failure> {
+    let unusable = |what: String| Failure::Usage(format!("--connect {name:?}: {what}; HOST:PORT"));
+    let mut addresses = name.to_socket_addrs().map_err(|e| unusable(e.to_string()))?;
+    addresses.next().ok_or_else(|| unusable("no address".into()))
 }
 
 fn answers(address: SocketAddr) -> bool {

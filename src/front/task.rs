@@ -10,7 +10,8 @@ use crate::front::{Action, CloseHow, FrontCore};
 use crate::ring::Doorbell;
 use crate::runtime::{Lifecycle, Local};
 
-/// Runs until the server has drained, or its time for that is over. Shows where it stands on `board`.
+/// Runs until the server has drained, or its time for that is over. Shows where it stands on
+/// `board`.
 ///
 /// # Errors
 /// The kernel's, when the sockets cannot be driven any more.
