@@ -8,7 +8,8 @@
 macro_rules! histograms {
     ($(#[$meta:meta])* $all:ident {
         $($(#[$about:meta])* $field:ident: $count:literal = $name:literal,
-            $unit:literal of $worth:literal $sum_unit:literal, [$($bound:literal)*], $help:literal;)+
+            $unit:literal of $worth:literal $sum_unit:literal,
+            [$($bound:literal)*], $help:literal;)+
     }) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -552,7 +552,7 @@ mod tests {
         let page = Page { model: String::new(), block_positions: 64, boards: new_boards() };
         assert!(open_metrics(None, address, &page).unwrap().is_none());
         assert!(open_metrics(Some(address), address, &page).unwrap().is_none());
-        let error = open_metrics(Some(address), other, &page).err().expect("it is in use");
+        let error = open_metrics(Some(address), other, &page).expect_err("it is in use");
         let said = error.to_string();
         assert!(said.contains("metrics.listen") && said.contains(&address.to_string()), "{said}");
         drop(taken);
