@@ -90,7 +90,7 @@ fn the_wait_foreseen_grows_with_the_prompts_that_wait_and_ends_with_them() {
 }
 
 #[test]
-fn a_device_without_a_step_is_idle_and_what_the_engine_kept_it_waiting_is_a_gap() {
+fn a_device_without_a_step_is_idle_and_one_that_has_a_step_and_does_not_work_has_a_gap() {
     let mut bench = Bench::new(&limits(), 8);
     bench.pass_ms(10);
     bench.accepted(&Want { max_tokens: 2, ..Want::default() });
@@ -101,6 +101,11 @@ fn a_device_without_a_step_is_idle_and_what_the_engine_kept_it_waiting_is_a_gap(
     bench.accepted(&Want::default());
     let counters = bench.stats().counters;
     assert_eq!((counters.device_idle_ns, counters.device_gap_ns), (16 * MS, 0));
+    bench.pass_ms(3);
+    bench.step(A);
+    let counters = bench.stats().counters;
+    assert_eq!((counters.device_idle_ns, counters.device_gap_ns), (16 * MS, 3 * MS));
+    assert_eq!(counters.device_ns, 3 * MS);
 }
 
 #[test]

@@ -221,9 +221,16 @@ struct DeviceLink {
     /// Number of the newest step submitted. The newest completed is the block pool's.
     submitted: u64,
     lost: bool,
-    /// While it has no step: since when, and whether sequences were in the batch then.
-    idle_since: Instant,
-    idle_is_gap: bool,
+    /// When each of the steps in flight was submitted, by number modulo depth.
+    submitted_at: Box<[Instant]>,
+    /// When the newest came back.
+    completed_at: Instant,
+}
+
+impl DeviceLink {
+    fn depth(&self) -> usize {
+        self.submitted_at.len()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,8 +274,8 @@ impl EngineCore {
                 idle,
                 submitted: 0,
                 lost: false,
-                idle_since: Instant::ZERO,
-                idle_is_gap: false,
+                submitted_at: vec![Instant::ZERO; depth].into(),
+                completed_at: Instant::ZERO,
             },
             borders: Borders::default(),
             counters: Counters::default(),

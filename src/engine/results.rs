@@ -34,6 +34,7 @@ impl EngineCore {
         self.blocks.complete(step.plan.number);
         self.counters.steps_completed += 1;
         self.counters.device_ns += step.result.elapsed_ns;
+        self.count_gap(step, now);
         let (rows, took_ns) = (step.plan.rows.len() as u64, step.result.elapsed_ns);
         self.note(now, Flight::StepFinished, [step.plan.number, rows, took_ns]);
         if step.result.failure.is_none() {
@@ -52,19 +53,16 @@ impl EngineCore {
             }
         }
         self.load.served(ended(&self.counters) - ended_before, step.result.elapsed_ns);
-        if self.steps_in_flight() == 0 {
-            self.device.idle_since = now;
-            self.device.idle_is_gap = !self.batch.running.is_empty();
-        }
     }
 
-    /// The device gets something to do again.
-    pub(super) fn end_idle_time(&mut self, now: Instant) {
-        let idle_ns = now.ns_since(self.device.idle_since);
-        self.counters.device_idle_ns += idle_ns;
-        if self.device.idle_is_gap {
-            self.counters.device_gap_ns += idle_ns;
-        }
+    /// The device had this step since it was submitted, or since it was done with the one before;
+    /// what of that time it did not work was lost on the way there and back.
+    fn count_gap(&mut self, step: &Step, now: Instant) {
+        let submitted_at =
+            self.device.submitted_at[step.plan.number as usize % self.device.depth()];
+        let had_ns = now.ns_since(submitted_at.max(self.device.completed_at));
+        self.counters.device_gap_ns += had_ns.saturating_sub(step.result.elapsed_ns);
+        self.device.completed_at = now;
     }
 
     /// Whether the result has one token for each row that samples, in the rows' order.

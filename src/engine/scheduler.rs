@@ -318,8 +318,10 @@ impl EngineCore {
         debug_assert!(step.plan.blocks.iter().all(|&b| self.blocks.references(b) > 0));
         debug_assert!(step.plan.blocks.len() * BLOCK_POSITIONS >= step.plan.tokens.len());
         if self.steps_in_flight() == 0 {
-            self.end_idle_time(now);
+            self.counters.device_idle_ns += now.ns_since(self.device.completed_at);
         }
+        let depth = self.device.depth();
+        self.device.submitted_at[step.plan.number as usize % depth] = now;
         self.device.submitted = step.plan.number;
         self.counters.steps += 1;
         self.counters.rows += step.plan.rows.len() as u64;

@@ -59,7 +59,7 @@ pub struct Counters {
     pub step_failures: u64,
     /// Time without a step at the device.
     pub device_idle_ns: u64,
-    /// Such time that began while sequences were in the batch: what the engine itself cost them.
+    /// Time that it had a step and did not work: lost on the rings and in waking up.
     pub device_gap_ns: u64,
     /// Times to the first token as foreseen at the ask, against what they came to.
     pub ttft_foreseen: Foreseen,
@@ -339,7 +339,7 @@ impl Tell for Counters {
         count("engine_step_failures", self.step_failures, "steps that failed");
         count("engine_device_ns", self.device_ns, "time that the device worked");
         count("engine_device_idle_ns", self.device_idle_ns, "time without a step at the device");
-        let gap = "such time that began while sequences were in the batch";
+        let gap = "time that the device had a step and did not work: lost on the way";
         count("engine_device_gap_ns", self.device_gap_ns, gap);
         count("engine_rows", self.rows, "rows of all steps");
         count("engine_prompt_tokens", self.prompt_tokens, "prompt tokens of admitted sequences");

@@ -1,9 +1,10 @@
 //! The metrics page: Prometheus text (version 0.0.4) of what the boards show.
 //!
 //! Our own names follow from the boards' by rule: `forebay_` before, base units behind (`_ns`
-//! becomes `_seconds`, `_permille` and `_milli` plain numbers, `_per_1000_seconds` `_per_second`), `_total`
-//! behind counters, reasons and classes as labels. Beside them stand the names of vLLM's metrics,
-//! so that dashboards, autoscalers and gateways made for it find what they know.
+//! becomes `_seconds`, `_permille` and `_milli` plain numbers, `_per_1000_seconds`
+//! `_per_second`), `_total` behind counters, reasons and classes as labels. Beside them stand the
+//! names of vLLM's metrics, so that dashboards, autoscalers and gateways made for it find what
+//! they know.
 
 use std::fmt;
 use std::sync::Arc;
