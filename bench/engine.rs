@@ -6,7 +6,7 @@
 //! | `step/64 running, stop strings` | the same when every sequence has 4 stop strings |
 //! | `step/64 parking and resuming` | the same when every sequence runs out of credit in each step and gets one more: what slow readers cost |
 //! | `ask/refused` | an ask that finds the queue full: what a flood costs |
-//! | `refusal/at the gate`, `refusal/by the engine` | a REQUEST frame in, its REJECTED out, while the queue is full: front core and engine in turns on one thread |
+//! | `refusal/by the engine`, `refusal/at the gate` | a REQUEST frame in, its REJECTED out, while the queue is full; while the server ends: front core and engine in turns on one thread |
 //! | `recorder/an event` | what the flight recorder costs |
 //! | `ask/granted, submitted, cancelled` | a whole request but its steps, with a prompt of 1,000 tokens |
 //! | `plan/check 64 rows` | the check of a plan of 64 decode rows at position 2,000 |
@@ -26,11 +26,9 @@ use forebay::base::recorder::{Kind, Show};
 use forebay::engine::blocks::BlockPool;
 use forebay::engine::plan;
 use forebay::engine::stop::{Borders, StopMatcher};
-use forebay::flow::gate;
 use forebay::front::{Action, ByteTokeniser, ConnId, FrontCore, FrontSettings};
 use forebay::limits::Limits;
 use forebay::message::{ControlMessage, PlanRow, SeqKey, StepPlan};
-use forebay::ports::FrontEnds;
 use forebay::protocol::{Capabilities, ClientFrame, Hello, Request, RequestPrompt, encode_request};
 use forebay::request::FinishReason;
 
@@ -168,8 +166,10 @@ impl Refusing {
             bench.granted(&Want::default());
         }
         let ends = bench.fronts.pop().expect("there are two");
-        // A gate that is never closed sends everybody on to the engine.
-        let ends = if at_gate { ends } else { FrontEnds { gate: gate().1, ..ends } };
+        if at_gate {
+            bench.engine.begin_drain(bench.now, bench.now.plus_ms(u64::MAX));
+            bench.settle();
+        }
         let settings = FrontSettings { front: 1, ..FrontSettings::new(limits, "bytes", 300) };
         let front = FrontCore::new(settings, Box::new(ByteTokeniser::new(300)), ends);
         let conn = ConnId { slot: 0, generation: 0 };

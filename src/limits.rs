@@ -4,9 +4,11 @@
 //! [`Envelope`] and printed at start.
 
 mod envelope;
+mod quota;
 
 use crate::message::BLOCK_POSITIONS;
 pub use envelope::{Bound, Envelope, Kind, ModelShape, Sizes, show_bytes};
+pub use quota::{Quota, Quotas};
 
 /// All bounds that the cores work under. Built once from the configuration, then read only.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,8 +54,36 @@ pub struct Limits {
     pub ttft_target_ms: u64,
     /// A request that has waited this long is evicted.
     pub queue_ttl_ms: u64,
+    /// After so many failed steps in a row the breaker opens and refuses everybody for a while;
+    /// 0: never.
+    pub breaker_failures_max: u32,
+    /// How long it is open at first.
+    pub breaker_open_ms: u64,
+    /// A step that takes longer opens it, too.
+    pub hung_step_ms: u64,
     /// A parked sequence's client has this long to give credit.
     pub stall_timeout_ms: u64,
+    /// Tenants (and users, where those have quotas) whose accounts are kept: whoever has rested
+    /// longest makes room for a new one.
+    pub tenants_max: u32,
+    /// What each of them may take.
+    pub quotas: Quotas,
+    /// Who of the queue is admitted next.
+    pub policy: Policy,
+    /// A request ranks as if it had come this much later for each class below the top, and so
+    /// passes more urgent ones that come still later. 0: a more urgent class always comes first.
+    pub ageing_ms: u64,
+}
+
+/// Who of the queue is admitted next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// The more urgent class, with ageing; within it, first come, first served.
+    Priority,
+    /// First come, first served, whatever the class.
+    Fcfs,
+    /// As by priority, but within a class tenants take turns by what they were served.
+    Fair,
 }
 
 impl Default for Limits {
@@ -78,7 +108,14 @@ impl Default for Limits {
             context_max: 8192,
             ttft_target_ms: 2_000,
             queue_ttl_ms: 30_000,
+            breaker_failures_max: 3,
+            breaker_open_ms: 1_000,
+            hung_step_ms: 10_000,
             stall_timeout_ms: 120_000,
+            tenants_max: 1024,
+            quotas: Quotas::default(),
+            policy: Policy::Priority,
+            ageing_ms: 10_000,
         }
     }
 }
@@ -106,7 +143,14 @@ impl Limits {
             context_max: 512,
             ttft_target_ms: 1_000,
             queue_ttl_ms: 5_000,
+            breaker_failures_max: 3,
+            breaker_open_ms: 100,
+            hung_step_ms: 1_000,
             stall_timeout_ms: 2_000,
+            tenants_max: 4,
+            quotas: Quotas::default(),
+            policy: Policy::Priority,
+            ageing_ms: 1_000,
         }
     }
 

@@ -195,6 +195,14 @@ numbered! {
     }
 }
 
+impl FinishReason {
+    /// Whether the answer is whole: the model, the request or the context ended it.
+    pub const fn is_natural(self) -> bool {
+        use FinishReason::{ContextFull, EndOfText, MaxTokens, StopString};
+        matches!(self, EndOfText | StopString | MaxTokens | ContextFull)
+    }
+}
+
 numbered! {
     /// Why a request was refused, or evicted before it was admitted.
     pub enum RejectReason: u8 {
@@ -204,7 +212,7 @@ numbered! {
         ExceedsCapacity = 1 => "exceeds_capacity",
         /// The request is malformed or out of range; the message says how.
         Invalid = 2 => "invalid",
-        /// The connection or tenant has as many streams as it may.
+        /// The connection, tenant or user has as many streams as it may.
         TooManyStreams = 3 => "too_many_streams",
         /// The server is draining.
         ShuttingDown = 4 => "shutting_down",
@@ -218,6 +226,8 @@ numbered! {
         DeadlineExpired = 8 => "deadline_expired",
         /// Its first token would come later than its class may wait.
         TtftUnattainable = 9 => "ttft_unattainable",
+        /// Its tenant, or user, takes more in a time than it may.
+        TenantRate = 10 => "tenant_rate",
     }
 }
 

@@ -7,7 +7,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use bench::{A, Bench, END, Want};
-use forebay::limits::Limits;
+use forebay::limits::{Limits, Policy, Quota, Quotas};
 use forebay::message::{ControlMessage, EventBatch, Logprob, Sampled, SeqKey, Step, StreamKey};
 use forebay::request::FinishReason;
 
@@ -64,8 +64,18 @@ fn the_counter_counts() {
 /// engine's own ticks are counted; what the test does in between is not.
 #[test]
 fn after_construction_the_engine_allocates_nothing() {
-    for depth in [1, 2] {
-        let limits = Limits { queue_ttl_ms: 60, stall_timeout_ms: 30, ..Limits::tiny() };
+    for (depth, policy) in [(1, Policy::Priority), (2, Policy::Priority), (2, Policy::Fair)] {
+        // Limits that are kept track of, and never met.
+        let quota = Quota {
+            requests_per_second: 1_000,
+            requests_per_minute: 60_000,
+            input_tokens_per_second: 100_000,
+            output_tokens_per_second: 100_000,
+            ..Quota::UNLIMITED
+        };
+        let quotas = Quotas { tenant: quota, user: quota, ..Quotas::default() };
+        let limits =
+            Limits { queue_ttl_ms: 60, stall_timeout_ms: 30, policy, quotas, ..Limits::tiny() };
         let mut bench = Bench::with(&limits, 4, depth, 1);
         let mut run = Run {
             bench: &mut bench,
@@ -91,6 +101,7 @@ fn after_construction_the_engine_allocates_nothing() {
             ("parks", counters.parks),
             ("resumes", counters.resumes),
             ("refusals", counters.rejected[0]),
+            ("asks without an account of their own", stats.shared_asks),
             ("stops", counters.finished[FinishReason::StopString as usize]),
             ("ends", counters.finished[FinishReason::EndOfText as usize]),
             ("stalls", counters.finished[FinishReason::Stalled as usize]),
@@ -121,6 +132,8 @@ impl Run<'_> {
             stop: if n.is_multiple_of(3) { vec!["ab", "bba"] } else { vec![] },
             logprobs: (n.is_multiple_of(4)).then_some(20),
             penalties: n.is_multiple_of(5),
+            tenant: ["a", "b", "c", "d", "e"][n / 8 % 5],
+            user: ["", "ann", "bob"][n / 8 % 3],
             deadline: (n.is_multiple_of(11)).then(|| self.bench.now.plus_ms(25)),
             ..Want::default()
         }

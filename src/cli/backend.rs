@@ -265,7 +265,8 @@ fn automatic_bytes(
         graphs: true,
     };
     let description = cuda::describe(gguf, &options, String::new())?;
-    let besides = description.weight_bytes + description.workspace_bytes;
+    let besides =
+        description.weight_bytes + description.workspace_bytes + description.history_bytes;
     taken.checked_sub(besides).ok_or_else(|| {
         let show = crate::limits::show_bytes;
         ServerError::Device(format!(

@@ -10,7 +10,8 @@ use super::models::print;
 use super::pull::{self, Progress};
 use super::server::{LoadedModel, Sizing};
 use crate::device::BackendDescription;
-use crate::engine::SEQUENCE_BYTES;
+use crate::engine::{ACCOUNT_BYTES, SEQUENCE_BYTES};
+use crate::flow::calendar::CALENDAR_BYTES;
 use crate::front::net::NetSettings;
 use crate::front::{CONNECTION_BYTES, REPLY_BYTES_MAX, STREAM_BYTES};
 use crate::limits::{Envelope, Limits, Lowered, ModelShape, Sizes};
@@ -130,9 +131,12 @@ pub(super) fn envelope(
         kv_block_bytes: backend.kv_block_bytes,
         weight_bytes: backend.weight_bytes,
         workspace_bytes: backend.workspace_bytes,
+        history_bytes: backend.history_bytes,
         on_device: backend.on_device,
         host_bytes: backend.host_bytes,
+        calendar_bytes: CALENDAR_BYTES as u64,
         sequence_bytes: SEQUENCE_BYTES as u64,
+        account_bytes: ACCOUNT_BYTES as u64,
         stream_bytes: STREAM_BYTES as u64,
         connection_bytes: CONNECTION_BYTES as u64,
         receive_piece_bytes: NetSettings::default().receive_piece_bytes.into(),

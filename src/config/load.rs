@@ -8,9 +8,10 @@ use toml::de::{DeTable, DeValue};
 
 use super::Config;
 use super::problem::{Origin, Problem, Problems};
-use super::setting::{SETTINGS, Setting, find};
+use super::setting::{Found, SETTINGS, Setting, TENANT, TENANTS, find};
 use super::suggest::nearest;
-use super::value::Allowed;
+use super::value::{Allowed, Value};
+use crate::request::Name;
 
 /// A configuration file that was read.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +39,18 @@ pub struct Loaded {
     /// The settings.
     pub config: Config,
     origins: Vec<Origin>,
+    /// Settings of single tenants, each once, in the order in which they were given.
+    for_one: Vec<ForOne>,
+}
+
+/// A setting of a single tenant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct ForOne {
+    tenant: Name,
+    /// Of the setting for all tenants, in the table of settings.
+    index: usize,
+    value: Value,
+    origin: Origin,
 }
 
 /// Environment variables of ours that are no settings: the log filter, the configuration file's
@@ -79,7 +92,11 @@ struct Loader {
 
 impl Default for Loaded {
     fn default() -> Loaded {
-        Loaded { config: Config::default(), origins: vec![Origin::Default; SETTINGS.len()] }
+        Loaded {
+            config: Config::default(),
+            origins: vec![Origin::Default; SETTINGS.len()],
+            for_one: Vec::new(),
+        }
     }
 }
 
@@ -99,20 +116,34 @@ impl Loader {
             return;
         }
         for (section, value) in in_order(table.get_ref()) {
-            match value.get_ref() {
-                DeValue::Table(settings) => {
-                    for (name, value) in in_order(settings) {
-                        let key = format!("{}.{}", section.get_ref(), name.get_ref());
-                        self.toml(&key, value, origin(name.span().start));
-                    }
-                }
-                _ => self.unknown(section.get_ref(), None, origin(section.span().start)),
+            self.section(section.get_ref(), section.span().start, value, &origin);
+        }
+    }
+
+    /// A table of settings; that of `tenant` holds one of them for each tenant.
+    fn section(
+        &mut self,
+        section: &str,
+        start: usize,
+        value: &Spanned<DeValue<'_>>,
+        origin: &impl Fn(usize) -> Origin,
+    ) {
+        let DeValue::Table(entries) = value.get_ref() else {
+            return self.unknown(section, None, origin(start));
+        };
+        for (name, value) in in_order(entries) {
+            let (key, start) = (format!("{section}.{}", name.get_ref()), name.span().start);
+            match section {
+                TENANT => self.section(&key, start, value, origin),
+                _ => self.toml(&key, value, origin(start)),
             }
         }
     }
 
     fn toml(&mut self, key: &str, value: &Spanned<DeValue<'_>>, origin: Origin) {
-        let Some((_, setting)) = find(key) else { return self.unknown(key, None, origin) };
+        let Some(Found { setting, .. }) = find(key) else {
+            return self.unknown(key, None, origin);
+        };
         let as_text = match value.get_ref() {
             DeValue::String(text) => Some(text.to_string()),
             DeValue::Integer(n) if setting.allowed.is_number() => {
@@ -125,7 +156,7 @@ impl Loader {
             Some(text) => self.text(key, &text, origin),
             None => {
                 let what = format!("{}, not {}", setting.allowed, a_kind(value.get_ref()));
-                self.wrong(setting, None, origin, what);
+                self.wrong(key, setting, None, origin, what);
             }
         }
     }
@@ -142,22 +173,36 @@ impl Loader {
     }
 
     fn text(&mut self, key: &str, text: &str, origin: Origin) {
-        let Some((index, setting)) = find(key) else {
+        let Some(Found { index, setting, tenant }) = find(key) else {
             return self.unknown(key, Some(text), origin);
         };
-        match setting.allowed.parse(text) {
-            Ok(value) => {
+        match (setting.allowed.parse(text), tenant) {
+            (Ok(value), None) => {
                 (setting.set)(&mut self.loaded.config, value);
                 self.loaded.origins[index] = origin;
             }
-            Err(what) => self.wrong(setting, Some(text), origin, what),
+            (Ok(value), Some(tenant)) => match Name::new(tenant) {
+                Some(tenant) => self.loaded.set_for_one(ForOne { tenant, index, value, origin }),
+                None => {
+                    let what = "a tenant's name has at most 63 bytes, none a control character";
+                    self.wrong(key, setting, Some(text), origin, what.to_owned());
+                }
+            },
+            (Err(what), _) => self.wrong(key, setting, Some(text), origin, what),
         }
     }
 
-    fn wrong(&mut self, setting: &Setting, text: Option<&str>, origin: Origin, what: String) {
+    fn wrong(
+        &mut self,
+        key: &str,
+        setting: &Setting,
+        text: Option<&str>,
+        origin: Origin,
+        what: String,
+    ) {
         self.wrong.insert(setting.key);
         let value = text.map(|text| format!("{text:?}"));
-        self.problems.push(Problem { key: setting.key.to_owned(), value, origin, what });
+        self.problems.push(Problem { key: key.to_owned(), value, origin, what });
     }
 
     fn unknown(&mut self, key: &str, text: Option<&str>, origin: Origin) {
@@ -172,6 +217,8 @@ impl Loader {
     }
 
     fn finish(mut self) -> Result<Loaded, Problems> {
+        self.loaded.name_tenants();
+        self.check_tenants();
         for broken in self.loaded.config.limits.broken_relations() {
             let key = |field: &'static str| limit_key(field);
             let (low, high) = (key(broken.field), key(broken.than));
@@ -194,6 +241,25 @@ impl Loader {
             });
         }
         if self.problems.is_empty() { Ok(self.loaded) } else { Err(Problems(self.problems)) }
+    }
+}
+
+impl Loader {
+    /// Those with settings of their own must have room.
+    fn check_tenants(&mut self) {
+        let limits = &self.loaded.config.limits;
+        let named = limits.quotas.named.len();
+        let setting = limit_key("tenants_max");
+        if named > limits.tenants_max as usize && !self.wrong.contains(setting.key) {
+            self.problems.push(Problem {
+                key: setting.key.to_owned(),
+                value: Some(self.loaded.shown(setting)),
+                origin: self.loaded.origin(setting).clone(),
+                what: format!(
+                    "must be at least {named}: so many tenants have settings of their own"
+                ),
+            });
+        }
     }
 }
 
@@ -232,13 +298,18 @@ fn a_kind(value: &DeValue<'_>) -> &'static str {
     }
 }
 
+/// A text as TOML quotes it, if it has no control characters.
+fn quoted(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+}
+
 fn did_you_mean(nearest: Option<&str>) -> String {
     nearest.map(|name| format!("; did you mean {name}?")).unwrap_or_default()
 }
 
 impl Loaded {
     fn index(setting: &Setting) -> usize {
-        find(setting.key).expect("it is from the table").0
+        find(setting.key).expect("it is from the table").index
     }
 
     fn origin(&self, setting: &Setting) -> &Origin {
@@ -264,7 +335,40 @@ impl Loaded {
             let line = format!("{name} = {}", self.shown(setting));
             let _ = writeln!(text, "{line:<38} # {origin}");
         }
+        for (tenant, _) in &self.config.limits.quotas.named {
+            let _ = writeln!(text, "\n[{TENANT}.{}]", quoted(tenant.as_str()));
+            for ForOne { index, value, origin, .. } in
+                self.for_one.iter().filter(|one| one.tenant == *tenant)
+            {
+                let Setting { key, allowed, .. } = &SETTINGS[*index];
+                let name = key.strip_prefix(TENANTS).expect("it is for all tenants as well");
+                let line = format!("{} = {}", &name[1..], allowed.show(value));
+                let _ = writeln!(text, "{line:<38} # {origin}");
+            }
+        }
         text
+    }
+
+    /// The last value of a setting counts.
+    fn set_for_one(&mut self, new: ForOne) {
+        self.for_one.retain(|old| (old.tenant, old.index) != (new.tenant, new.index));
+        self.for_one.push(new);
+    }
+
+    /// Builds each named tenant's quota: that of every tenant, with what was set for this one.
+    fn name_tenants(&mut self) {
+        let mut tenants: Vec<Name> = self.for_one.iter().map(|one| one.tenant).collect();
+        tenants.sort_unstable();
+        tenants.dedup();
+        let of_all = self.config.limits.quotas.tenant;
+        for tenant in tenants {
+            // The settings' own table says where a value goes: for a moment, to everybody.
+            for one in self.for_one.iter().filter(|one| one.tenant == tenant) {
+                (SETTINGS[one.index].set)(&mut self.config, one.value.clone());
+            }
+            let quotas = &mut self.config.limits.quotas;
+            quotas.named.push((tenant, std::mem::replace(&mut quotas.tenant, of_all)));
+        }
     }
 }
 
@@ -282,5 +386,10 @@ pub fn describe_settings() -> String {
         };
         let _ = writeln!(text, "      {rule}");
     }
+    let _ = writeln!(
+        text,
+        "\n  {TENANT}.NAME.SETTING is {TENANTS}.SETTING for the tenant NAME alone. In a file:\n\
+         \n      [{TENANT}.NAME]\n      requests_per_second = 5"
+    );
     text
 }

@@ -2,6 +2,8 @@
 
 use super::value::{Allowed, Unit, Value};
 use super::{Backend, Config, Graphs, Io, Isa};
+use crate::limits::Policy;
+use crate::request::Class;
 
 /// A setting.
 pub(super) struct Setting {
@@ -59,6 +61,13 @@ macro_rules! choice {
                 Value::Choice(index.expect("every value has a word"))
             },
         }
+    };
+}
+
+/// A limit of a quota: key, place in [`crate::limits::Quotas`], one line.
+macro_rules! quota {
+    ($key:literal, $($place:ident).+, $about:literal) => {
+        number!($key, limits.quotas.$($place).+, 0, 1 << 30, Count, $about)
     };
 }
 
@@ -150,6 +159,30 @@ pub(super) const SETTINGS: &[Setting] = &[
         get: |config| Value::Output(config.runtime.recorder_file.clone()),
     },
     number!(
+        "breaker.failures_max",
+        limits.breaker_failures_max,
+        0,
+        1 << 16,
+        Count,
+        "failed steps in a row after which everybody is refused for a while; 0: off"
+    ),
+    number!(
+        "breaker.open_ms",
+        limits.breaker_open_ms,
+        1,
+        30_000,
+        Millis,
+        "for how long at first; twice as long each time that it helped nothing, at most 30 s"
+    ),
+    number!(
+        "breaker.hung_step_ms",
+        limits.hung_step_ms,
+        1,
+        DAY_MS,
+        Millis,
+        "a step that takes longer counts as hung: everybody is refused until it ends"
+    ),
+    number!(
         "drain.delay_ms",
         drain.delay_ms,
         0,
@@ -172,6 +205,17 @@ pub(super) const SETTINGS: &[Setting] = &[
         DAY_MS,
         Millis,
         "a step in which somebody decodes takes no more prefill than ends by then, as predicted"
+    ),
+    choice!("scheduler.policy", limits.policy,
+        ["priority" => Policy::Priority, "fcfs" => Policy::Fcfs, "fair" => Policy::Fair],
+        "who is next: by class, then arrival; by arrival; or by class, then tenants' shares"),
+    number!(
+        "scheduler.ageing_ms",
+        limits.ageing_ms,
+        0,
+        DAY_MS,
+        Millis,
+        "waiting this much longer makes up for one class less urgent; 0: nothing does"
     ),
     number!(
         "stream.window_tokens_max",
@@ -318,9 +362,104 @@ pub(super) const SETTINGS: &[Setting] = &[
         Count,
         "longest sequence; the model's own context when that is shorter"
     ),
+    number!(
+        "limits.tenants_max",
+        limits.tenants_max,
+        1,
+        1 << 16,
+        Count,
+        "accounts of tenants, and of users where they have quotas; the longest at rest makes room"
+    ),
+    quota!(
+        "tenants.requests_per_second",
+        tenant.requests_per_second,
+        "requests a tenant may have granted in a second; 0: any"
+    ),
+    quota!(
+        "tenants.requests_burst",
+        tenant.requests_burst,
+        "requests at once after a rest; 0: those of a second"
+    ),
+    quota!(
+        "tenants.requests_per_minute",
+        tenant.requests_per_minute,
+        "requests in a minute, all at once if need be; 0: any"
+    ),
+    quota!(
+        "tenants.input_tokens_per_second",
+        tenant.input_tokens_per_second,
+        "prompt tokens in a second; 0: any"
+    ),
+    quota!(
+        "tenants.input_tokens_burst",
+        tenant.input_tokens_burst,
+        "prompt tokens at once after a rest; 0: those of a second; longer prompts wait for all"
+    ),
+    quota!(
+        "tenants.output_tokens_per_second",
+        tenant.output_tokens_per_second,
+        "output tokens in a second, foreseen at first and settled at the end; 0: any"
+    ),
+    quota!(
+        "tenants.output_tokens_burst",
+        tenant.output_tokens_burst,
+        "output tokens at once after a rest; 0: those of a second"
+    ),
+    quota!(
+        "tenants.streams_max",
+        tenant.streams_max,
+        "streams at once, queued, running and parked together; 0: any"
+    ),
+    number!("tenants.weight", limits.quotas.tenant.weight, 1, 1000, Count, "share beside others'"),
+    choice!("tenants.class_ceiling", limits.quotas.tenant.class_ceiling,
+        ["system" => Class::System, "interactive" => Class::Interactive,
+         "default" => Class::Default, "bulk" => Class::Bulk],
+        "most urgent class that a tenant may use: what asks for more is lowered to it"),
+    quota!(
+        "users.requests_per_second",
+        user.requests_per_second,
+        "requests a user within a tenant may have granted in a second; 0: any"
+    ),
+    quota!(
+        "users.requests_burst",
+        user.requests_burst,
+        "requests at once after a rest; 0: those of a second"
+    ),
+    quota!(
+        "users.output_tokens_per_second",
+        user.output_tokens_per_second,
+        "output tokens in a second; 0: any"
+    ),
+    quota!(
+        "users.output_tokens_burst",
+        user.output_tokens_burst,
+        "output tokens at once after a rest; 0: those of a second"
+    ),
+    quota!("users.streams_max", user.streams_max, "streams at once; 0: any"),
 ];
 
-/// The setting with this key, and its index.
-pub(super) fn find(key: &str) -> Option<(usize, &'static Setting)> {
-    SETTINGS.iter().enumerate().find(|(_, setting)| setting.key == key)
+/// The section of settings of one tenant: `tenant.NAME.SETTING` is [`tenants`](TENANTS)`.SETTING`
+/// for that tenant alone.
+pub(super) const TENANT: &str = "tenant";
+/// The section of the settings of every tenant.
+pub(super) const TENANTS: &str = "tenants";
+
+/// Which setting a key means, and for whom.
+pub(super) struct Found<'a> {
+    /// Its index.
+    pub index: usize,
+    /// The setting.
+    pub setting: &'static Setting,
+    /// The name of the one tenant it is for, as it was written.
+    pub tenant: Option<&'a str>,
+}
+
+/// The setting with this key. A tenant's name may have dots in it, a setting's has none.
+pub(super) fn find(key: &str) -> Option<Found<'_>> {
+    let one = key.strip_prefix(TENANT).and_then(|rest| rest.strip_prefix('.'));
+    let one = one.and_then(|rest| rest.rsplit_once('.'));
+    let of_all = one.map(|(_, name)| format!("{TENANTS}.{name}"));
+    let wanted = of_all.as_deref().unwrap_or(key);
+    let (index, setting) = SETTINGS.iter().enumerate().find(|(_, s)| s.key == wanted)?;
+    Some(Found { index, setting, tenant: one.map(|(tenant, _)| tenant) })
 }

@@ -1,6 +1,8 @@
 //! Loading settings from all places, right and wrong.
 
 use super::*;
+use crate::limits::Quota;
+use crate::request::{Class, Name};
 
 fn variables(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
     pairs.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect()
@@ -209,6 +211,54 @@ fn the_effective_settings_read_back_as_the_same_configuration() {
     let text = loaded.to_toml();
     assert_eq!(from_file(&text).unwrap().config, loaded.config, "{text}");
     assert!(text.contains("pool_bytes = \"3MiB\"") && text.contains("# flag --set"), "{text}");
+}
+
+#[test]
+fn a_tenant_has_what_every_tenant_has_but_for_what_is_set_for_it_alone() {
+    let file = TomlFile {
+        path: "f.toml",
+        text: "[tenant.acme]\nweight = 5\nclass_ceiling = \"default\"\n\
+               [tenant.\"a.b \\\"c\\\"\"]\nstreams_max = 2\n\
+               [tenants]\nrequests_per_second = 7\nstreams_max = 9\n",
+    };
+    let flags = [
+        flag("--set", "tenant.acme.streams_max", "3"),
+        flag("--set", "tenants.requests_burst", "70"),
+        flag("--set", "tenant.acme.streams_max", "4"),
+    ];
+    let loaded = load(Some(file), [], &flags).unwrap();
+    let quotas = &loaded.config.limits.quotas;
+    let of_all =
+        Quota { requests_per_second: 7, requests_burst: 70, streams_max: 9, ..Quota::UNLIMITED };
+    let of = |name| quotas.of(&Name::new(name).unwrap());
+    assert_eq!((quotas.tenant, of("other")), (of_all, of_all));
+    let acme = Quota { weight: 5, class_ceiling: Class::Default, streams_max: 4, ..of_all };
+    assert_eq!(of("acme"), acme);
+    assert_eq!(of("a.b \"c\""), Quota { streams_max: 2, ..of_all });
+    assert_eq!(quotas.named.len(), 2);
+    let text = loaded.to_toml();
+    assert_eq!(from_file(&text).unwrap().config, loaded.config, "{text}");
+}
+
+#[test]
+fn wrong_settings_of_one_tenant_are_reported_as_they_were_written() {
+    assert_eq!(
+        complaint(from_file("[tenant.acme]\nweight = 0\n")),
+        "tenant.acme.weight = \"0\" (f.toml line 2): must be a whole number from 1 to 1000"
+    );
+    let said = complaint(from_file("[tenant.acme]\n\nwait = 0\n"));
+    assert!(said.starts_with("tenant.acme.wait (f.toml line 3): no setting"), "{said}");
+    let said = complaint(from_file("[tenant]\nweight = 2\n"));
+    assert!(said.starts_with("tenant.weight (f.toml line 2): no setting"), "{said}");
+    let long = format!("tenant.{}.weight", "x".repeat(64));
+    let said = complaint(load(None, [], &[flag("--set", &long, "2")]));
+    assert!(said.contains("at most 63 bytes"), "{said}");
+    let two = "[limits]\ntenants_max = 1\n[tenant.a]\nweight = 1\n[tenant.b]\nweight = 1\n";
+    let said = complaint(from_file(two));
+    assert!(
+        said.starts_with("limits.tenants_max = 1 (f.toml line 2): must be at least 2"),
+        "{said}"
+    );
 }
 
 #[test]

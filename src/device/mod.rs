@@ -30,6 +30,8 @@ pub struct BackendDescription {
     pub weight_bytes: u64,
     /// Bytes of step workspace.
     pub workspace_bytes: u64,
+    /// Bytes of the slots' penalty histories, where these are taken only as slots use penalties.
+    pub history_bytes: u64,
     /// Steps that may be in flight.
     pub depth: usize,
     /// Whether weights, pool and workspace are in memory of a device of its own.

@@ -1,13 +1,31 @@
 //! Admission: ask → grant or refusal; submission → the queue.
 
 use crate::base::Instant;
+use crate::flow::Closed;
 use crate::message::{Ask, RequestMessage, Submission};
 use crate::request::{RejectReason, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
 
 use super::EngineCore;
-use super::ledger::Shortage;
+use super::foresight::{Entry, Foreseen};
+use super::ledger::{DrainMeter, Permit, Shortage};
 use super::record::Flight;
+use super::retry::{client, is_named};
 use super::sequence::State;
+use super::tenants::{Bill, Refusal};
+
+/// While the breaker is half-open, and enough are in to see: a step later it is decided.
+const PROBE_RETRY_MS: u32 = 1_000;
+
+/// Nobody is told a longer time: what is measured now says little about then.
+const RETRY_MAX_MS: u64 = 60_000;
+
+/// What somebody comes in with.
+struct Entered {
+    bill: Bill,
+    permit: Permit,
+    client: u64,
+    foreseen: Foreseen,
+}
 
 /// Requests read from one front core in one tick. A submission costs a few microseconds (its
 /// tokens are checked): so many are a small part of a step.
@@ -59,28 +77,58 @@ impl EngineCore {
         ask: &Ask,
         now: Instant,
     ) -> Result<(), (RejectReason, Option<u32>)> {
-        if self.is_draining() {
-            return Err((RejectReason::ShuttingDown, None));
+        if let Some(Closed { reason, retry_after_ms }) = self.closed_gate(now) {
+            return Err((reason, retry_after_ms));
         }
-        if self.device.lost {
-            return Err((RejectReason::NoCapacity, None));
+        if !self.breaker_lets_in(self.ledger.held().0 + self.batch.in_line(), now) {
+            // Those who are in are to find out; then it is open again, or closed.
+            return Err((RejectReason::NoCapacity, Some(PROBE_RETRY_MS)));
         }
         // Without credit it would be admitted only to park; so the first credit comes first.
         if ask.window_tokens == 0 {
             return Err((RejectReason::Invalid, None));
         }
-        let ttft_foreseen_ns = self.foresee(ask, now)?;
-        if self.sequences.room() == 0 {
-            // Only while the ends of others are still to be told: a moment.
-            return Err((RejectReason::QueueFull, self.retry(now, Shortage::Requests(1))));
+        let bill = self.tenants.bill_for(ask, now);
+        let class = self.tenants.class_for(&bill, ask.class);
+        self.counters.classes_lowered += u64::from(class != ask.class);
+        let ask = Ask { class, ..*ask };
+        match self.permit(&ask, bill, now) {
+            Ok(entered) => {
+                self.tenants.charge(&entered.bill, now);
+                self.begin(front, &ask, entered, now);
+                Ok(())
+            }
+            Err(refusal) => {
+                self.tenants.refuse(&bill);
+                Err(refusal)
+            }
         }
-        // More tokens than the context are cut off: the permit need not allow for them.
-        let tokens = ask.input_tokens.min(self.context);
-        let permit = match self.ledger.take(ask.class, tokens, ask.input_bytes) {
-            Ok(permit) => permit,
-            Err(Shortage::Forever) => return Err((RejectReason::ExceedsCapacity, None)),
-            Err(shortage) => return Err((RejectReason::QueueFull, self.retry(now, shortage))),
-        };
+    }
+
+    /// Asks all who have a say. Takes the queue's permit, and that last, so that a refusal takes
+    /// nothing from anybody.
+    fn permit(
+        &mut self,
+        ask: &Ask,
+        bill: Bill,
+        now: Instant,
+    ) -> Result<Entered, (RejectReason, Option<u32>)> {
+        let bill = self
+            .tenants
+            .quote(ask, bill, self.context, now)
+            .map_err(|refusal| self.tenant_refusal(refusal))?;
+        let client = client(ask);
+        match self.enter(ask, bill.tenant, client, now) {
+            Ok((permit, foreseen)) => Ok(Entered { bill, permit, client, foreseen }),
+            Err((reason, wait_ns)) => {
+                let retry_after_ms = wait_ns.and_then(|ns| self.promise(client, ns, now));
+                Err((reason, retry_after_ms))
+            }
+        }
+    }
+
+    /// A stream begins, as a sequence that may be submitted.
+    fn begin(&mut self, front: usize, ask: &Ask, entered: Entered, now: Instant) {
         self.meter.handle_arrival(now);
         self.counters.grants += 1;
         let index = self.sequences.take().expect("there was room");
@@ -90,9 +138,11 @@ impl EngineCore {
         sequence.stream = ask.stream;
         sequence.class = ask.class;
         sequence.arrival = self.arrivals;
-        sequence.permit = permit;
+        sequence.permit = entered.permit;
+        sequence.client = entered.client;
+        sequence.foreseen = entered.foreseen;
+        sequence.bill = entered.bill;
         sequence.asked_max_tokens = ask.max_tokens;
-        sequence.ttft_foreseen_ns = ttft_foreseen_ns;
         sequence.credit = ask.window_tokens.min(self.limits.stream_window_tokens_max);
         sequence.times.arrived = now;
         sequence.times.deadline = ask.deadline.unwrap_or(Instant::NEVER);
@@ -103,11 +153,76 @@ impl EngineCore {
         self.note(now, Flight::Grant, [ask.stream.recorded(), seq, 0]);
         self.watch(index);
         self.tell(index);
-        Ok(())
     }
 
-    fn retry(&mut self, now: Instant, shortage: Shortage) -> Option<u32> {
-        self.meter.retry_after_ms(now, shortage)
+    /// What a tenant is told that may not have more now. Of streams one must end first: at the
+    /// pace of now, and if they began one after the other, in an answer's time by their number.
+    fn tenant_refusal(&self, refusal: Refusal) -> (RejectReason, Option<u32>) {
+        let (reason, wait_ns) = match refusal {
+            Refusal::Rate { wait_ns } => (RejectReason::TenantRate, wait_ns),
+            Refusal::Streams(live) => {
+                (RejectReason::TooManyStreams, self.answer_ns() / u64::from(live.max(1)))
+            }
+        };
+        (reason, Some(wait_ns.div_ceil(1_000_000).clamp(1, RETRY_MAX_MS) as u32))
+    }
+
+    /// Lets somebody in who is not too late and finds room; otherwise says why not, and how long
+    /// it takes until that is over. A place in the calendar is used up either way, unless no place
+    /// could have helped.
+    fn enter(
+        &mut self,
+        ask: &Ask,
+        tenant: u32,
+        client: u64,
+        now: Instant,
+    ) -> Result<(Permit, Foreseen), (RejectReason, Option<u64>)> {
+        let entry = match self.calendar.has_place(client, now) {
+            true => Entry::Place,
+            false => Entry::Newcomer { kept_free: self.calendar.kept_free(now) },
+        };
+        let entered = self.find_room(ask, entry, tenant, now);
+        let is_final = matches!(entered, Err((_, None)));
+        match entry {
+            Entry::Place if !is_final => self.calendar.settle(client, entered.is_ok(), now),
+            // Those who give no name share their places, and must not use up each other's.
+            Entry::Newcomer { .. } if entered.is_ok() && is_named(ask) => {
+                self.calendar.charge(client);
+            }
+            Entry::Place | Entry::Newcomer { .. } => {}
+        }
+        entered
+    }
+
+    fn find_room(
+        &mut self,
+        ask: &Ask,
+        entry: Entry,
+        tenant: u32,
+        now: Instant,
+    ) -> Result<(Permit, Foreseen), (RejectReason, Option<u64>)> {
+        let foreseen =
+            self.foresee(ask, entry, tenant, now).map_err(|(reason, excess_ns)| match reason {
+                // What is past does not come back.
+                RejectReason::DeadlineExpired => (reason, None),
+                _ => (reason, Some(excess_ns)),
+            })?;
+        let full = |meter: &DrainMeter, shortage| match meter.room_ns(now, shortage) {
+            None => (RejectReason::ExceedsCapacity, None),
+            wait_ns => (RejectReason::QueueFull, wait_ns),
+        };
+        if self.sequences.room() == 0 {
+            // Only while the ends of others are still to be told: a moment.
+            return Err(full(&self.meter, Shortage::Requests(1)));
+        }
+        // More tokens than the context are cut off: the permit need not allow for them.
+        let tokens = ask.input_tokens.min(self.context);
+        let kept_free = match entry {
+            Entry::Place => 0,
+            Entry::Newcomer { kept_free } => kept_free,
+        };
+        let permit = self.ledger.take(ask.class, tokens, ask.input_bytes, kept_free);
+        permit.map(|permit| (permit, foreseen)).map_err(|shortage| full(&self.meter, shortage))
     }
 
     fn handle_submit(&mut self, submission: Submission, now: Instant) {
@@ -127,6 +242,7 @@ impl EngineCore {
         let prompt_tokens = submission.tokens.len() as u32;
         let sequence = &mut self.sequences[index];
         self.ledger.shrink(&mut sequence.permit, prompt_tokens);
+        self.tenants.shrink(&mut sequence.bill, prompt_tokens, now);
         sequence.state = State::Queued;
         sequence.prompt_tokens = prompt_tokens;
         sequence.output_max = submission.max_tokens.min(self.context - prompt_tokens);
@@ -134,7 +250,7 @@ impl EngineCore {
         sequence.sampling = Some(submission.sampling);
         sequence.stop = submission.stop;
         sequence.ignore_eos = submission.ignore_eos;
-        let position = self.queue.push(&mut self.sequences, index);
+        let position = self.queue.push(&mut self.sequences, &mut self.tenants.shares, index);
         self.sequences[index].egress.accepted_due = Some(position);
         self.counters.accepted += 1;
         let seq = submission.seq.recorded();

@@ -3,6 +3,7 @@
 
 use crate::base::Instant;
 use crate::message::EVENT_BATCHES;
+use crate::request::Class;
 
 use super::EngineCore;
 use super::reclaim::PREEMPTIONS_MAX;
@@ -31,7 +32,10 @@ impl EngineCore {
     pub fn check_invariants(&self) -> Result<(), String> {
         self.check_blocks()?;
         self.ledger.check(self.sequences.iter().map(|(_, sequence)| &sequence.permit))?;
+        let live = self.sequences.iter().filter(|(_, sequence)| sequence.is_live());
+        self.tenants.check(live.map(|(_, sequence)| (&sequence.bill, sequence.is_admitted())))?;
         self.check_lists()?;
+        self.check_shares()?;
         self.check_fronts()?;
         for (index, sequence) in self.sequences.iter() {
             self.check_sequence(index, sequence)
@@ -62,10 +66,8 @@ impl EngineCore {
             list
         };
         let batch = &self.batch;
-        let queued: Vec<u32> = crate::request::Class::ALL
-            .iter()
-            .flat_map(|&class| self.queue.iter(&self.sequences, class))
-            .collect();
+        let queued: Vec<u32> =
+            Class::ALL.iter().flat_map(|&class| self.queue.iter(&self.sequences, class)).collect();
         let lists = [
             ("queued", queued, of(|state| *state == State::Queued)),
             ("running", batch.running.clone(), of(|s| matches!(s, State::Running { .. }))),
@@ -87,6 +89,31 @@ impl EngineCore {
             return Err(format!("{admitted} are admitted, {counted} counted, {max} allowed"));
         }
         self.check_slots()
+    }
+
+    /// Nobody who waits for a turn is below the floor of its class (`fair.rs`).
+    fn check_shares(&self) -> Result<(), String> {
+        let shares = &self.tenants.shares;
+        for class in Class::ALL.into_iter().filter(|_| self.queue.is_fair()) {
+            let floor = shares.floor(class);
+            let below = |&&tenant: &&u32| shares.served(tenant) < floor;
+            if let Some(tenant) = self.queue.backlogged(class).iter().find(below) {
+                return Err(format!("account {tenant} is below the floor of {class:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// How far the counters of those who wait for their turn in a class are apart, and how far
+    /// they may be if each of them asks in that class alone (`fair.rs`). Under `fair` only.
+    pub fn fair_gap(&self, class: Class) -> (u64, u64) {
+        let shares = &self.tenants.shares;
+        let (context, admitted_max) = (self.context, self.batch.admitted_max);
+        let waiting = self.queue.backlogged(class);
+        let served = || waiting.iter().map(|&tenant| shares.served(tenant));
+        let most = waiting.iter().map(|&one| shares.served_max(one, context, admitted_max)).max();
+        let gap = served().max().unwrap_or(0) - served().min().unwrap_or(0);
+        (gap, most.unwrap_or(0))
     }
 
     fn check_slots(&self) -> Result<(), String> {

@@ -84,6 +84,11 @@ impl EngineCore {
                 }
             }
         }
+        if self.hung_at() <= now && self.breaker.retry_ns(now).is_none() {
+            busy = true;
+            self.breaker.handle_hang(now);
+            self.note(now, Flight::StepHangs, [self.device.submitted, 0, 0]);
+        }
         if let Drain::Until(deadline) = self.drain
             && now >= deadline
         {
@@ -98,6 +103,21 @@ impl EngineCore {
         busy
     }
 
+    /// When the step at the device counts as hung.
+    fn hung_at(&self) -> Instant {
+        let is_watched =
+            self.steps_in_flight() > 0 && !self.device.lost && self.limits.breaker_failures_max > 0;
+        match is_watched {
+            true => self.device.since.plus_ms(self.limits.hung_step_ms),
+            false => Instant::NEVER,
+        }
+    }
+
+    /// When the breaker wants to be asked again: as long as it is open, when that is over.
+    pub(super) fn breaker_timeout(&self) -> Instant {
+        self.breaker.opens_at(self.ticked).unwrap_or_else(|| self.hung_at())
+    }
+
     fn expire(&mut self, index: u32, now: Instant) {
         let sequence = &self.sequences[index];
         let past_deadline = sequence.times.deadline <= now;
@@ -107,8 +127,9 @@ impl EngineCore {
         } else if past_deadline {
             self.reject(index, RejectReason::DeadlineExpired, None, now);
         } else {
-            let retry_after_ms = self.meter.wait_ms(now, u64::from(self.ledger.held().0));
-            let retry_after_ms = retry_after_ms.map(|ms| ms.min(u64::from(u32::MAX)) as u32);
+            let ahead = u64::from(self.ledger.held().0);
+            let wait_ns = self.meter.wait_ns(now, ahead).unwrap_or(0);
+            let retry_after_ms = self.promise(self.sequences[index].client, wait_ns, now);
             self.reject(index, RejectReason::QueueTtlExpired, retry_after_ms, now);
         }
     }

@@ -7,6 +7,8 @@
 //! take their share of every step). Then comes the request's own prefill. On an idle engine only
 //! that is left, and the target is at least [`IDLE_TIMES`] times as long: a slow machine never
 //! refuses a long prompt while it has nothing else to do.
+//!
+//! What was foreseen is compared with what came, and the difference is foreseen the next time.
 
 use crate::base::Instant;
 use crate::flow::StepLoad;
@@ -25,6 +27,69 @@ const FORESEEN_PERCENT: u64 = 80;
 const STEPS_SEEN_MIN: u64 = 8;
 
 const MS: u64 = 1_000_000;
+
+/// What is foreseen for a request, as the model of step times has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Foreseen {
+    /// Until its prefill begins.
+    pub wait_ns: u64,
+    /// Its prefill.
+    pub prefill_ns: u64,
+    /// Until its first token, corrected by hindsight: what was said at the ask. 0: nothing was.
+    pub ttft_ns: u64,
+}
+
+/// How much longer than foreseen the waits of late were: what the model leaves out (sequences that
+/// join the batch meanwhile, answers longer than of late, a machine with other work) it leaves out
+/// again and again. Integer mean of the ratio over about the last sixteen.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hindsight {
+    /// Range: [`Hindsight::PARTS`] / 2 ..= 4 * `PARTS`.
+    ratio: u64,
+}
+
+impl Hindsight {
+    const PARTS: u64 = 1024;
+    const OVER: u64 = 16;
+    /// Shorter waits are a step more or less, and say nothing.
+    const WAIT_NS_MIN: u64 = 100 * MS;
+
+    fn observe(&mut self, foreseen_ns: u64, took_ns: u64) {
+        if foreseen_ns >= Hindsight::WAIT_NS_MIN {
+            let (least, most) = (Hindsight::PARTS / 2, 4 * Hindsight::PARTS);
+            let ratio = took_ns.saturating_mul(Hindsight::PARTS) / foreseen_ns;
+            let ratio = ratio.clamp(least, most);
+            self.ratio = (self.ratio * (Hindsight::OVER - 1) + ratio) / Hindsight::OVER;
+            self.ratio = self.ratio.clamp(least, most);
+        }
+    }
+
+    fn corrected(&self, wait_ns: u64) -> u64 {
+        wait_ns.saturating_mul(self.ratio) / Hindsight::PARTS
+    }
+}
+
+impl Hindsight {
+    /// The ratio, for people.
+    pub fn permille(self) -> u64 {
+        self.ratio * 1_000 / Hindsight::PARTS
+    }
+}
+
+impl Default for Hindsight {
+    fn default() -> Hindsight {
+        Hindsight { ratio: Hindsight::PARTS }
+    }
+}
+
+/// How somebody comes to the door.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Entry {
+    /// With a place in the calendar that is due.
+    Place,
+    /// Without; so many places are kept free for others.
+    Newcomer { kept_free: u32 },
+}
 
 /// How long prompts and answers were of late: integer means over about the last 32 answers.
 #[derive(Clone, Copy, Debug, Default)]
@@ -75,74 +140,100 @@ pub(super) struct Outlook {
 }
 
 impl EngineCore {
-    /// Refuses what would get its first token too late, by the estimate of now; returns the
-    /// estimate, if there is one yet.
+    /// Refuses what would get its first token too late, by the estimate of now; says by how much.
+    /// With a place in the calendar the whole target may be used up, without one only its usual
+    /// part, and not what is kept free for those with places.
     pub(super) fn foresee(
-        &mut self,
+        &self,
         ask: &Ask,
+        entry: Entry,
+        tenant: u32,
         now: Instant,
-    ) -> Result<Option<u64>, (RejectReason, Option<u32>)> {
+    ) -> Result<Foreseen, (RejectReason, u64)> {
         if ask.deadline.is_some_and(|deadline| deadline <= now) {
-            return Err((RejectReason::DeadlineExpired, None));
+            return Err((RejectReason::DeadlineExpired, 0));
         }
         if self.pace.observed() < STEPS_SEEN_MIN {
-            return Ok(None);
+            return Ok(Foreseen::default());
         }
         let tokens = ask.input_tokens.min(self.context);
-        let ttft_ns = self.ttft_ns(ask.class, tokens);
+        let (kept_free, percent) = match entry {
+            Entry::Place => (0, 100),
+            Entry::Newcomer { kept_free } => (kept_free, FORESEEN_PERCENT),
+        };
+        let foreseen = self.foreseen(ask.class, tenant, tokens, kept_free);
+        let wait_ns = self.hindsight.corrected(foreseen.wait_ns);
+        let ttft_ns = wait_ns.saturating_add(foreseen.prefill_ns);
         let deadline_ns = ask.deadline.map(|deadline| deadline.ns_since(now));
         if let Some(allowed) = deadline_ns.filter(|&allowed| ttft_ns > allowed) {
-            let wait = self.wait_for(ttft_ns - allowed, now);
-            return Err((RejectReason::DeadlineUnattainable, wait));
+            return Err((RejectReason::DeadlineUnattainable, ttft_ns - allowed));
         }
-        match self.ttft_allowed_ns(ask.class, tokens) {
+        match self.ttft_allowed_ns(ask.class, tokens, percent) {
             Some(allowed) if ttft_ns > allowed => {
-                let wait = self.wait_for(ttft_ns - allowed, now);
-                Err((RejectReason::TtftUnattainable, wait))
+                Err((RejectReason::TtftUnattainable, ttft_ns - allowed))
             }
-            _ => Ok(Some(ttft_ns)),
+            _ => Ok(Foreseen { ttft_ns, ..foreseen }),
         }
     }
 
-    /// How long the resources of now would keep a newcomer, for whoever watches.
+    /// How long the resources of now would keep a newcomer, for whoever watches; fair shares and
+    /// kept places left out.
     pub(super) fn outlook(&self) -> Outlook {
-        let wait = self.wait_ns(Class::Default);
+        let wait = self.wait_behind(self.ledger.ahead_of(Class::Default), 0);
         let target_ms = match self.limits.ttft_target_ms {
             0 => self.limits.queue_ttl_ms,
             target_ms => target_ms,
         };
-        let prefill = permille(wait.backlog_ns, target_ms.saturating_mul(MS));
-        Outlook { wait_ns: wait.slots_ns.max(wait.backlog_ns), prefill_permille: prefill }
+        let prefill_permille = permille(wait.backlog_ns, target_ms.saturating_mul(MS));
+        let wait_ns = self.hindsight.corrected(wait.slots_ns.max(wait.backlog_ns));
+        Outlook { wait_ns, prefill_permille }
     }
 
-    /// What may be foreseen for a prompt of this class; `None`: anything.
-    fn ttft_allowed_ns(&self, class: Class, tokens: u32) -> Option<u64> {
+    /// What may be foreseen for a prompt of this class, given what part of the target may be;
+    /// `None`: anything.
+    fn ttft_allowed_ns(&self, class: Class, tokens: u32, percent: u64) -> Option<u64> {
         // Bulk work has no target: it waits until its time to live is over.
         if class == Class::Bulk || self.limits.ttft_target_ms == 0 {
             return None;
         }
-        let target_ns = self.limits.ttft_target_ms.saturating_mul(MS) / 100 * FORESEEN_PERCENT;
+        let target_ns = self.limits.ttft_target_ms.saturating_mul(MS) / 100 * percent;
         let idle_ns = self.prefill_ns(StepLoad::default(), 0, tokens);
         Some(target_ns.max(idle_ns.saturating_mul(IDLE_TIMES)))
     }
 
-    /// Time to the first token of a prompt of this class that comes now.
-    fn ttft_ns(&self, class: Class, tokens: u32) -> u64 {
-        let Wait { slots_ns, backlog_ns, beside } = self.wait_ns(class);
-        slots_ns.max(backlog_ns).saturating_add(self.prefill_ns(beside, 0, tokens))
+    /// Requests and prompt tokens that come before a newcomer of this class and tenant. Those of
+    /// less urgent classes that have aged past it are left out: with them it waits a little longer.
+    fn ahead_of(&self, class: Class, tenant: u32) -> (u32, u64) {
+        let class = if self.queue.knows_classes() { class } else { Class::Bulk };
+        let (requests, tokens) = self.ledger.ahead_of(class);
+        if !self.queue.is_fair() {
+            return (requests, tokens);
+        }
+        let own = self.queue.len_of(class, tenant);
+        let turns = self.queue.turns_before(class, tenant, own).min(requests);
+        (turns, tokens * u64::from(turns) / u64::from(requests.max(1)))
     }
 
-    /// What stands before the prefill of a prompt of this class that comes now.
-    fn wait_ns(&self, class: Class) -> Wait {
-        let (ahead, ahead_tokens) = self.ledger.ahead_of(class);
-        let ahead = u64::from(ahead) + self.batch.waiting.len() as u64;
+    /// The wait for a prompt of this class that comes now, if so many others who are expected were
+    /// here before it; and its own prefill.
+    fn foreseen(&self, class: Class, tenant: u32, tokens: u32, expected: u32) -> Foreseen {
+        let wait = self.wait_behind(self.ahead_of(class, tenant), expected);
+        let wait_ns = wait.slots_ns.max(wait.backlog_ns);
+        let prefill_ns = self.prefill_ns(wait.beside, 0, tokens);
+        Foreseen { wait_ns, prefill_ns, ttft_ns: 0 }
+    }
+
+    /// What stands before somebody with so many requests and prompt tokens ahead.
+    fn wait_behind(&self, (ahead, ahead_tokens): (u32, u64), expected: u32) -> Wait {
+        let ahead = u64::from(ahead) + u64::from(expected) + self.batch.waiting.len() as u64;
         let free = self.batch.slots_free().len() as u64;
         let slots_ns = match (ahead + 1).saturating_sub(free) {
             0 => 0,
             ends => self.ends_ns(ends),
         };
         let mut beside = StepLoad::default();
-        let mut backlog = ahead_tokens;
+        let typical_prompt = self.typical.tokens().map_or(0, |(prompt, _)| u64::from(prompt));
+        let mut backlog = ahead_tokens + u64::from(expected) * typical_prompt;
         for &index in self.batch.running.iter().chain(&self.batch.waiting) {
             let sequence = &self.sequences[index];
             match sequence.tokens_unplanned() {
@@ -151,6 +242,14 @@ impl EngineCore {
             }
         }
         Wait { slots_ns, backlog_ns: self.prefill_ns(beside, backlog, 0), beside }
+    }
+
+    /// A sequence whose wait was foreseen has its first token after `ttft_ns`.
+    pub(super) fn observe_ttft(&mut self, foreseen: Foreseen, ttft_ns: u64) {
+        if foreseen.ttft_ns > 0 {
+            self.counters.ttft_foreseen.observe(foreseen.ttft_ns, ttft_ns);
+        }
+        self.hindsight.observe(foreseen.wait_ns, ttft_ns.saturating_sub(foreseen.prefill_ns));
     }
 
     /// Time until `ends` answers have ended: all that run advance together, a token a step, and
@@ -179,6 +278,11 @@ impl EngineCore {
         answer_ns.saturating_add(prompt_ns).saturating_mul(ends)
     }
 
+    /// About how long an answer takes, beside all that run now.
+    pub(super) fn answer_ns(&self) -> u64 {
+        self.ends_ns((self.batch.running.len() as u64).max(1))
+    }
+
     /// Time for prefilling `backlog` tokens of many prompts and one prompt of `tokens`, in steps
     /// that compute `beside` too.
     fn prefill_ns(&self, beside: StepLoad, backlog: u64, tokens: u32) -> u64 {
@@ -187,18 +291,12 @@ impl EngineCore {
         if total == 0 {
             return 0;
         }
-        let budget = self.limits.step_tokens_max.saturating_sub(beside.decode_rows).max(1);
-        let steps = u64::from(total.div_ceil(budget.min(self.limits.chunk_tokens_max).max(1)));
+        let steps = u64::from(total.div_ceil(self.prefill_a_step(beside)));
         let beside_ns = self.pace.predict_ns(beside);
         // A backlog is of many prompts, each short against the step's other costs: what they read
         // of their own KV is left out.
         let load = StepLoad { prefill_tokens: backlog, ..beside }.plus_prefill(0, tokens);
         let work_ns = self.pace.predict_ns(load).saturating_sub(beside_ns);
         steps.saturating_mul(beside_ns).saturating_add(work_ns)
-    }
-
-    /// When somebody who would come `excess_ns` too early should come back.
-    fn wait_for(&mut self, excess_ns: u64, now: Instant) -> Option<u32> {
-        Some(self.meter.retry_after_excess_ms(now, excess_ns.div_ceil(MS)))
     }
 }

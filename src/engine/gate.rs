@@ -6,10 +6,10 @@
 
 use crate::base::Instant;
 use crate::flow::Closed;
+use crate::flow::breaker::OPEN_MS_MAX;
 use crate::request::{Class, RejectReason};
 
 use super::EngineCore;
-use super::ledger::Shortage;
 use super::record::Flight;
 
 impl EngineCore {
@@ -24,7 +24,6 @@ impl EngineCore {
             self.counters.gate_refusals += sum;
             self.load.arrived(sum, now);
             self.load.turned_away(sum);
-            self.meter.lengthen_line(refusals[RejectReason::QueueFull as usize]);
             for (counted, fresh) in self.counters.rejected.iter_mut().zip(refusals) {
                 *counted += fresh;
             }
@@ -32,8 +31,7 @@ impl EngineCore {
         busy
     }
 
-    /// Shows every front core what there is to know before asking. All classes share the queue's
-    /// bounds, so their gates open and close together.
+    /// Shows every front core what there is to know before asking: the same for all classes.
     pub(super) fn show_gates(&mut self, now: Instant) {
         let closed = self.closed_gate(now);
         for front in &mut self.fronts {
@@ -51,20 +49,18 @@ impl EngineCore {
         }
     }
 
-    /// The gate, as a refusal of an ask would be answered now ([`EngineCore::grant`]).
-    fn closed_gate(&mut self, now: Instant) -> Option<Closed> {
-        let for_good = |reason| Closed { reason, retry_after_ms: None, apart_us: 0 };
+    /// What refuses everybody now.
+    pub(super) fn closed_gate(&self, now: Instant) -> Option<Closed> {
+        let for_good = |reason| Closed { reason, retry_after_ms: None };
         if self.is_draining() {
             return Some(for_good(RejectReason::ShuttingDown));
         }
         if self.device.lost {
             return Some(for_good(RejectReason::NoCapacity));
         }
-        // Without room in the table only the ends of others are still to be told: a moment.
-        let is_table_full = (self.sequences.room() == 0).then_some(Shortage::Requests(1));
-        let shortage = self.ledger.gate_shortage().or(is_table_full)?;
-        let (retry_after_ms, apart_us) = self.meter.outlook(now, shortage);
-        Some(Closed { reason: RejectReason::QueueFull, retry_after_ms, apart_us })
+        let retry_ns = self.breaker.retry_ns(now)?;
+        let retry_after_ms = Some(retry_ns.div_ceil(1_000_000).clamp(1, OPEN_MS_MAX) as u32);
+        Some(Closed { reason: RejectReason::NoCapacity, retry_after_ms })
     }
 
     /// Whether the gates are closed, and with what; the same for every front core and class.

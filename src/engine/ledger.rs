@@ -46,17 +46,6 @@ pub struct Ledger {
     bytes: u64,
     /// Requests and prompt tokens of each class.
     by_class: [(u32, u64); Class::ALL.len()],
-    /// A bound was reached, and no low watermark since.
-    is_closed: bool,
-}
-
-/// The gate opens again when the queue has room for one in so many of its bound: with room for
-/// one, whoever comes next would close it.
-const GATE_ROOM_DIVISOR: u64 = 16;
-
-/// Up to here the queue counts as having room again.
-fn low_watermark(bound: u64) -> u64 {
-    bound - (bound / GATE_ROOM_DIVISOR).max(1)
 }
 
 impl Ledger {
@@ -70,35 +59,25 @@ impl Ledger {
             tokens: 0,
             bytes: 0,
             by_class: Default::default(),
-            is_closed: false,
         }
     }
 
-    /// What must leave before the gate opens; `None` while it is open. It closes when a bound is
-    /// reached, so that even the smallest request is refused, and opens when all that is held has
-    /// sunk to the low watermarks.
-    pub fn gate_shortage(&mut self) -> Option<Shortage> {
-        let (requests, requests_max) = (u64::from(self.requests), u64::from(self.requests_max));
-        let held = [
-            (requests, requests_max, Shortage::Requests as fn(u64) -> Shortage),
-            (self.tokens, self.tokens_max, Shortage::Tokens),
-            (self.bytes, self.bytes_max, Shortage::Bytes),
-        ];
-        self.is_closed |= held.iter().any(|&(held, bound, _)| held >= bound);
-        let above = held.iter().find(|&&(held, bound, _)| held > low_watermark(bound));
-        let shortage = above.map(|&(held, bound, of)| of(held - low_watermark(bound)));
-        self.is_closed &= shortage.is_some();
-        shortage.filter(|_| self.is_closed)
-    }
-
-    /// Grants a permit for a request, or says what is short.
-    pub fn take(&mut self, class: Class, tokens: u32, bytes: u32) -> Result<Permit, Shortage> {
+    /// Grants a permit for a request, or says what is short when places for `kept_free` other
+    /// requests must be left.
+    pub fn take(
+        &mut self,
+        class: Class,
+        tokens: u32,
+        bytes: u32,
+        kept_free: u32,
+    ) -> Result<Permit, Shortage> {
         let (new_tokens, new_bytes) = (u64::from(tokens), u64::from(bytes));
         if new_tokens > self.tokens_max || new_bytes > self.bytes_max {
             return Err(Shortage::Forever);
         }
-        if self.requests >= self.requests_max {
-            return Err(Shortage::Requests(u64::from(self.requests + 1 - self.requests_max)));
+        let requests = self.requests.saturating_add(kept_free);
+        if requests >= self.requests_max {
+            return Err(Shortage::Requests(u64::from(requests + 1 - self.requests_max)));
         }
         if self.tokens + new_tokens > self.tokens_max {
             return Err(Shortage::Tokens(self.tokens + new_tokens - self.tokens_max));
@@ -163,11 +142,10 @@ impl Ledger {
     }
 }
 
-/// How fast the queue drains, from the departures seen; tells a refused client when to come back.
+/// How fast the queue drains, from the departures seen.
 ///
-/// Integer averages over about the last eight departures. Refused clients stand in a line that
-/// nobody sees: each later one is told a later time, or all would come back for the same place.
-#[derive(Debug)]
+/// Integer averages over about the last eight departures.
+#[derive(Debug, Default)]
 pub struct DrainMeter {
     /// Average time between departures while somebody waited. 0 until the first.
     interval_ns: u64,
@@ -178,32 +156,14 @@ pub struct DrainMeter {
     since: Option<Instant>,
     /// Departures at that very moment: one step may admit several.
     together: u64,
-    /// Refused since, and not yet made good by a departure.
-    line: u64,
-    line_max: u64,
 }
 
-/// Told before anything has been measured.
-const RETRY_UNKNOWN_MS: u64 = 1_000;
-/// Longest wait that anybody is told: an estimate further out is worth nothing.
-const RETRY_MAX_MS: u64 = crate::flow::gate::RETRY_MAX_MS as u64;
+/// Believed before anything has been measured.
+const WAIT_UNKNOWN_NS: u64 = 1_000_000_000;
 /// The newest observation's weight in an average is one in so many.
 const AVERAGE_OVER: u64 = 8;
 
 impl DrainMeter {
-    /// A meter that has seen nothing, for a queue of `requests_max`.
-    pub fn new(requests_max: u32) -> DrainMeter {
-        DrainMeter {
-            interval_ns: 0,
-            tokens: 0,
-            bytes: 0,
-            since: None,
-            together: 0,
-            line: 0,
-            line_max: 16 * u64::from(requests_max).max(1),
-        }
-    }
-
     /// Somebody came into the queue.
     pub fn handle_arrival(&mut self, now: Instant) {
         if self.since.is_none() {
@@ -214,7 +174,6 @@ impl DrainMeter {
 
     /// Somebody left the queue, for whatever reason; `left` are still in it.
     pub fn handle_departure(&mut self, now: Instant, permit: &Permit, left: u32) {
-        self.line = self.line.saturating_sub(1);
         average(&mut self.tokens, u64::from(permit.tokens));
         average(&mut self.bytes, u64::from(permit.bytes));
         self.together += 1;
@@ -232,54 +191,25 @@ impl DrainMeter {
 
     /// How long until `departures` more have left. The running interval counts when it is longer
     /// than the average: a queue that has stopped draining says so.
-    pub fn wait_ms(&self, now: Instant, departures: u64) -> Option<u64> {
-        if self.interval_ns == 0 {
-            return None;
-        }
-        Some(self.apart_ns(now).saturating_mul(departures).div_ceil(1_000_000))
+    pub fn wait_ns(&self, now: Instant, departures: u64) -> Option<u64> {
+        self.apart_ns(now).map(|apart_ns| apart_ns.saturating_mul(departures))
     }
 
-    /// Time between two departures as believed now; 0 while nothing is known.
-    fn apart_ns(&self, now: Instant) -> u64 {
-        if self.interval_ns == 0 {
-            return 0;
-        }
-        self.interval_ns.max(self.since.map_or(0, |since| now.ns_since(since)))
+    /// Time between two departures as believed now; `None` while nothing is known.
+    pub fn apart_ns(&self, now: Instant) -> Option<u64> {
+        let since_last_ns = self.since.map_or(0, |since| now.ns_since(since));
+        (self.interval_ns > 0).then(|| self.interval_ns.max(since_last_ns))
     }
 
-    /// When a client should come back who came `excess_ms` too early, and makes the line longer.
-    pub fn retry_after_excess_ms(&mut self, now: Instant, excess_ms: u64) -> u32 {
-        let line_ms = self.wait_ms(now, self.line).unwrap_or(0);
-        self.lengthen_line(1);
-        excess_ms.saturating_add(line_ms).clamp(1, RETRY_MAX_MS) as u32
-    }
-
-    /// When a refused client should come back, and makes the line longer by one.
-    pub fn retry_after_ms(&mut self, now: Instant, shortage: Shortage) -> Option<u32> {
-        let (retry_ms, _) = self.outlook(now, shortage);
-        if retry_ms.is_some() {
-            self.lengthen_line(1);
-        }
-        retry_ms
-    }
-
-    /// So many more were refused.
-    pub fn lengthen_line(&mut self, refused: u64) {
-        self.line = self.line.saturating_add(refused).min(self.line_max);
-    }
-
-    /// When the next client to be refused should come back, and how much later, in microseconds,
-    /// each further one.
-    pub fn outlook(&self, now: Instant, shortage: Shortage) -> (Option<u32>, u32) {
+    /// How long until there is room for what is short; `None`: never.
+    pub fn room_ns(&self, now: Instant, shortage: Shortage) -> Option<u64> {
         let departures = match shortage {
-            Shortage::Forever => return (None, 0),
+            Shortage::Forever => return None,
             Shortage::Requests(requests) => requests,
             Shortage::Tokens(tokens) => tokens.div_ceil(self.tokens.max(1)),
             Shortage::Bytes(bytes) => bytes.div_ceil(self.bytes.max(1)),
         };
-        let wait_ms = self.wait_ms(now, departures.saturating_add(self.line));
-        let retry_ms = wait_ms.unwrap_or(RETRY_UNKNOWN_MS).clamp(1, RETRY_MAX_MS) as u32;
-        (Some(retry_ms), u32::try_from(self.apart_ns(now) / 1_000).unwrap_or(u32::MAX))
+        Some(self.wait_ns(now, departures).unwrap_or(WAIT_UNKNOWN_NS))
     }
 }
 
@@ -295,6 +225,8 @@ fn average(average: &mut u64, observed: u64) {
 mod tests {
     use super::*;
 
+    const MS: u64 = 1_000_000;
+
     fn at_ms(ms: u64) -> Instant {
         Instant::ZERO.plus_ms(ms)
     }
@@ -302,7 +234,7 @@ mod tests {
     #[test]
     fn a_permit_only_shrinks_and_the_ledger_follows() {
         let mut ledger = Ledger::new(&Limits::tiny());
-        let mut permit = ledger.take(Class::Default, 400, 900).unwrap();
+        let mut permit = ledger.take(Class::Default, 400, 900, 0).unwrap();
         assert_eq!(ledger.held(), (1, 400, 900));
         ledger.shrink(&mut permit, 120);
         ledger.shrink(&mut permit, 500);
@@ -317,55 +249,37 @@ mod tests {
     fn each_bound_of_the_queue_refuses_and_says_how_much_is_short() {
         let limits = Limits::tiny();
         let mut ledger = Ledger::new(&limits);
-        assert_eq!(ledger.take(Class::Default, 1025, 1), Err(Shortage::Forever));
-        assert_eq!(ledger.take(Class::Default, 1, 8193), Err(Shortage::Forever));
-        ledger.take(Class::Default, 1000, 8000).unwrap();
-        assert_eq!(ledger.take(Class::Default, 30, 1), Err(Shortage::Tokens(6)));
-        assert_eq!(ledger.take(Class::Default, 1, 200), Err(Shortage::Bytes(8)));
+        assert_eq!(ledger.take(Class::Default, 1025, 1, 0), Err(Shortage::Forever));
+        assert_eq!(ledger.take(Class::Default, 1, 8193, 0), Err(Shortage::Forever));
+        ledger.take(Class::Default, 1000, 8000, 0).unwrap();
+        assert_eq!(ledger.take(Class::Default, 30, 1, 0), Err(Shortage::Tokens(6)));
+        assert_eq!(ledger.take(Class::Default, 1, 200, 0), Err(Shortage::Bytes(8)));
         for _ in 1..limits.queued_requests_max {
-            ledger.take(Class::Default, 1, 1).unwrap();
+            ledger.take(Class::Default, 1, 1, 0).unwrap();
         }
-        assert_eq!(ledger.take(Class::Default, 1, 1), Err(Shortage::Requests(1)));
+        assert_eq!(ledger.take(Class::Default, 1, 1, 0), Err(Shortage::Requests(1)));
+        assert_eq!(ledger.take(Class::Default, 1, 1, 2), Err(Shortage::Requests(3)));
     }
 
     #[test]
-    fn the_retry_time_follows_the_drain_and_the_line() {
-        let mut meter = DrainMeter::new(4);
+    fn the_time_until_there_is_room_follows_the_drain() {
+        let mut meter = DrainMeter::default();
         let permit = Permit { class: Class::Default, requests: 1, tokens: 100, bytes: 400 };
-        assert_eq!(meter.retry_after_ms(at_ms(0), Shortage::Requests(1)), Some(1000));
+        assert_eq!(meter.room_ns(at_ms(0), Shortage::Requests(1)), Some(1000 * MS), "a guess");
         meter.handle_arrival(at_ms(0));
         for n in 1..=10 {
             meter.handle_departure(at_ms(20 * n), &permit, 4);
         }
         let now = at_ms(200);
-        assert_eq!(meter.retry_after_ms(now, Shortage::Requests(1)), Some(20));
-        assert_eq!(meter.retry_after_ms(now, Shortage::Requests(1)), Some(40), "the next in line");
-        assert_eq!(meter.retry_after_ms(now, Shortage::Tokens(250)), Some(100), "3 must leave");
-        assert_eq!(meter.retry_after_ms(now, Shortage::Forever), None);
-        assert_eq!(meter.wait_ms(at_ms(700), 2), Some(1000), "nobody has left for 500 ms");
-    }
-
-    #[test]
-    fn the_gate_closes_at_a_bound_and_opens_at_the_low_watermark() {
-        let limits = Limits { queued_requests_max: 32, ..Limits::tiny() };
-        let mut ledger = Ledger::new(&limits);
-        let mut permits: Vec<_> =
-            (0..31).map(|_| ledger.take(Class::Default, 1, 1).unwrap()).collect();
-        assert_eq!(ledger.gate_shortage(), None, "one more fits");
-        permits.push(ledger.take(Class::Default, 1, 1).unwrap());
-        assert_eq!(ledger.gate_shortage(), Some(Shortage::Requests(2)));
-        ledger.give(&mut permits.pop().unwrap());
-        assert_eq!(ledger.gate_shortage(), Some(Shortage::Requests(1)), "room for one is little");
-        ledger.give(&mut permits.pop().unwrap());
-        assert_eq!(ledger.gate_shortage(), None);
-        ledger.give(&mut permits.pop().unwrap());
-        permits.push(ledger.take(Class::Default, 1024 - 29, 1).unwrap());
-        assert_eq!(ledger.gate_shortage(), Some(Shortage::Tokens(64)), "a bound like any other");
+        assert_eq!(meter.room_ns(now, Shortage::Requests(1)), Some(20 * MS));
+        assert_eq!(meter.room_ns(now, Shortage::Tokens(250)), Some(60 * MS), "3 must leave");
+        assert_eq!(meter.room_ns(now, Shortage::Forever), None);
+        assert_eq!(meter.wait_ns(at_ms(700), 2), Some(1000 * MS), "nobody has left for 500 ms");
     }
 
     #[test]
     fn several_that_leave_together_share_the_interval() {
-        let mut meter = DrainMeter::new(4);
+        let mut meter = DrainMeter::default();
         let permit = Permit { class: Class::Default, requests: 1, tokens: 1, bytes: 1 };
         meter.handle_arrival(at_ms(0));
         for n in 1..=200 {
@@ -373,17 +287,17 @@ mod tests {
                 meter.handle_departure(at_ms(40 * n), &permit, 9);
             }
         }
-        assert_eq!(meter.wait_ms(at_ms(8000), 1), Some(10));
+        assert_eq!(meter.wait_ns(at_ms(8000), 1), Some(10 * MS));
     }
 
     #[test]
     fn time_without_anybody_waiting_does_not_count() {
-        let mut meter = DrainMeter::new(4);
+        let mut meter = DrainMeter::default();
         let permit = Permit { class: Class::Default, requests: 1, tokens: 1, bytes: 1 };
         for n in 0..10 {
             meter.handle_arrival(at_ms(100_000 * n));
             meter.handle_departure(at_ms(100_000 * n + 5), &permit, 0);
         }
-        assert_eq!(meter.wait_ms(at_ms(2_000_000), 1), Some(5));
+        assert_eq!(meter.wait_ns(at_ms(2_000_000), 1), Some(5 * MS));
     }
 }

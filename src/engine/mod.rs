@@ -15,6 +15,9 @@
 //! |---|---|
 //! | `control.rs` | credits, cancels, returned batches; drain; time-outs |
 //! | `admission.rs` | asks and submissions → grants, refusals, the queue |
+//! | `retry.rs` | a refusal → a place in the calendar |
+//! | `tenants.rs` | an ask → who pays, and whether they may have it now |
+//! | `fair.rs` | what tenants were served → whose turn it is |
 //! | `foresight.rs` | an ask → whether its first token would come in time |
 //! | `scheduler.rs` | sequences → a step |
 //! | `room.rs` | a step's target time → how much prefill it takes |
@@ -30,6 +33,7 @@ pub mod blocks;
 mod check;
 mod control;
 mod egress;
+pub mod fair;
 mod foresight;
 mod gate;
 pub mod ledger;
@@ -38,12 +42,14 @@ mod queue;
 mod reclaim;
 mod record;
 mod results;
+mod retry;
 pub mod room;
 mod scheduler;
 mod sequence;
 pub mod stats;
 pub mod stop;
 pub mod task;
+pub mod tenants;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -51,7 +57,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::base::{Instant, Pen, Recorder, TokenTable};
-use crate::flow::{LoadEstimator, StepCost, StepTimeModel};
+use crate::flow::{Breaker, Calendar, LoadEstimator, StepCost, StepTimeModel};
 use crate::limits::Limits;
 use crate::message::{BLOCK_POSITIONS, SeqKey, Step, StreamKey};
 use crate::ports::{DevicePort, FrontPort};
@@ -61,7 +67,7 @@ pub use check::Census;
 
 use blocks::BlockPool;
 use egress::FrontLink;
-use foresight::Typical;
+use foresight::{Hindsight, Typical};
 use ledger::{DrainMeter, Ledger};
 use queue::Queue;
 use record::Flight;
@@ -69,6 +75,7 @@ use scheduler::Batch;
 use sequence::{SequenceTable, State, Terminal, blocks_for};
 use stats::{Counters, EngineStats, Histograms, Saturation, permille};
 use stop::Borders;
+use tenants::Tenants;
 
 /// What an engine is built from.
 #[derive(Clone, Debug)]
@@ -154,6 +161,9 @@ impl EngineConfig {
 /// block table, its tokens and what the front core allocated for it not counted.
 pub const SEQUENCE_BYTES: usize = sequence::BYTES + 4 * size_of::<u32>();
 
+/// Bytes of a tenant's or user's account, with all that is kept for it.
+pub const ACCOUNT_BYTES: usize = tenants::BYTES;
+
 /// The engine. See the [module's documentation](self).
 #[derive(Debug)]
 pub struct EngineCore {
@@ -165,7 +175,10 @@ pub struct EngineCore {
 
     sequences: SequenceTable,
     ledger: Ledger,
+    tenants: Tenants,
     meter: DrainMeter,
+    calendar: Calendar,
+    breaker: Breaker,
     queue: Queue,
     batch: Batch,
     blocks: BlockPool,
@@ -187,6 +200,8 @@ pub struct EngineCore {
     pace: StepTimeModel,
     /// How long answers are.
     typical: Typical,
+    /// How much longer first tokens took than was foreseen.
+    hindsight: Hindsight,
     /// See [`EngineCore::learn`].
     prefill_seen: u32,
     /// What comes in and what is served.
@@ -220,17 +235,9 @@ struct DeviceLink {
     idle: Vec<Box<Step>>,
     /// Number of the newest step submitted. The newest completed is the block pool's.
     submitted: u64,
+    /// Since when the oldest step in flight is at work; since when there is none, if there is none.
+    since: Instant,
     lost: bool,
-    /// When each of the steps in flight was submitted, by number modulo depth.
-    submitted_at: Box<[Instant]>,
-    /// When the newest came back.
-    completed_at: Instant,
-}
-
-impl DeviceLink {
-    fn depth(&self) -> usize {
-        self.submitted_at.len()
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -259,12 +266,17 @@ impl EngineCore {
         let EngineConfig { limits, kv_blocks, vocab, depth } = config;
         let capacity = limits.sequences_max();
         let blocks_max = blocks_for(context as usize);
+        let tenants = Tenants::new(&limits);
+        let queue = Queue::new(&limits, tenants.accounts_max());
         let idle = (0..depth).map(|_| plan::new_step(&limits, context)).collect();
         Ok(EngineCore {
             sequences: SequenceTable::new(capacity, blocks_max),
             ledger: Ledger::new(&limits),
-            meter: DrainMeter::new(limits.queued_requests_max),
-            queue: Queue::new(),
+            tenants,
+            meter: DrainMeter::default(),
+            calendar: Calendar::new(),
+            breaker: Breaker::new(limits.breaker_failures_max, limits.breaker_open_ms),
+            queue,
             batch: Batch::new(&limits),
             blocks: BlockPool::new(kv_blocks, depth),
             fronts: fronts.into_iter().map(|port| FrontLink::new(port, &limits)).collect(),
@@ -273,9 +285,8 @@ impl EngineCore {
                 port: device,
                 idle,
                 submitted: 0,
+                since: Instant::ZERO,
                 lost: false,
-                submitted_at: vec![Instant::ZERO; depth].into(),
-                completed_at: Instant::ZERO,
             },
             borders: Borders::default(),
             counters: Counters::default(),
@@ -285,6 +296,7 @@ impl EngineCore {
             blocked_until: Instant::NEVER,
             pace: StepTimeModel::new(PACE_PRIOR),
             typical: Typical::default(),
+            hindsight: Hindsight::default(),
             prefill_seen: limits.step_tokens_max,
             load: LoadEstimator::new(LOAD_HORIZON_NS),
             ticked: Instant::ZERO,
@@ -325,6 +337,7 @@ impl EngineCore {
         // What it was set for may be gone; when everybody is, that is known for nothing.
         let expiry = if self.sequences.len() == 0 { Instant::NEVER } else { self.expiry };
         let next = expiry.min(drain).min(self.blocked_until().unwrap_or(Instant::NEVER));
+        let next = next.min(self.breaker_timeout());
         (next != Instant::NEVER).then_some(next)
     }
 
@@ -347,6 +360,10 @@ impl EngineCore {
         EngineStats {
             counters: self.counters,
             load: self.load.load(self.ticked),
+            breaker: self.breaker.number(self.ticked),
+            breaker_trips: self.breaker.trips(),
+            promises: self.calendar.counts(),
+            wait_correction_permille: self.hindsight.permille(),
             granted: requests - self.queue.len() as u32,
             queued: self.queue.lens(),
             running: self.batch.running.len() as u32,
@@ -361,6 +378,7 @@ impl EngineCore {
             saturation: self.saturation(outlook.prefill_permille),
             wait_foreseen_ns: outlook.wait_ns,
             histograms: self.histograms,
+            shared_asks: self.tenants.shared_asks,
         }
     }
 
@@ -435,6 +453,9 @@ impl EngineCore {
         self.leave_queue(index, now);
         self.release_blocks(index);
         let sequence = &mut self.sequences[index];
+        let used = (sequence.prompt_tokens, sequence.output_tokens());
+        let used = sequence.is_admitted().then_some(used);
+        self.tenants.settle(&mut sequence.bill, used, now);
         sequence.state = State::Ended;
         sequence.egress.text_ready = sequence.egress.text_total;
         sequence.egress.grant_due &= matches!(terminal, Terminal::Done { .. });
@@ -449,6 +470,9 @@ impl EngineCore {
         if self.sequences[index].is_admitted() {
             self.typical.observe(usage.prompt_tokens, usage.output_tokens);
             self.histograms.ended(&usage, &timings);
+            if finish.is_natural() {
+                self.tenants.observe(&self.sequences[index].bill, usage.output_tokens);
+            }
         }
         self.load.left(timings.total_ns);
         let seq = self.sequences.key(index).recorded();
@@ -465,6 +489,7 @@ impl EngineCore {
         now: Instant,
     ) {
         debug_assert!(!self.sequences[index].is_admitted(), "admitted is never evicted (I5)");
+        self.tenants.refuse(&self.sequences[index].bill);
         self.counters.rejected[reason as usize] += 1;
         self.load.left(now.ns_since(self.sequences[index].times.arrived));
         let seq = self.sequences.key(index).recorded();

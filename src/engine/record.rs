@@ -23,6 +23,7 @@ recorded_events!(
         StepPlanned = "step planned", ["step" Number, "rows" Number, "tokens" Number];
         StepFinished = "step finished", ["step" Number, "rows" Number, "took" Ns];
         BatchesOut = "batches out", ["front" Number, "waiting" Number];
+        StepHangs = "step hangs", ["step" Number];
         GateClosed = "gate closed", ["reason" Word(rejection)];
         GateOpened = "gate opened", [];
         FrontGone = "front gone", ["front" Number];

@@ -34,7 +34,10 @@ impl EngineCore {
         self.blocks.complete(step.plan.number);
         self.counters.steps_completed += 1;
         self.counters.device_ns += step.result.elapsed_ns;
-        self.count_gap(step, now);
+        // What the device had the step for and did not work was lost on the way there and back.
+        let had_ns = now.ns_since(self.device.since);
+        self.counters.device_gap_ns += had_ns.saturating_sub(step.result.elapsed_ns);
+        self.device.since = now;
         let (rows, took_ns) = (step.plan.rows.len() as u64, step.result.elapsed_ns);
         self.note(now, Flight::StepFinished, [step.plan.number, rows, took_ns]);
         if step.result.failure.is_none() {
@@ -43,7 +46,10 @@ impl EngineCore {
             self.learn(load, took_ns);
         }
         match step.result.failure {
-            None if self.matches_its_plan(step) => self.handle_samples(step, now),
+            None if self.matches_its_plan(step) => {
+                self.breaker.handle_success();
+                self.handle_samples(step, now);
+            }
             // A device that answers something else than it was asked is no better than one that
             // refuses: the rows' sequences cannot go on, the others can.
             None | Some(StepFailure::InvalidPlan) => self.fail_step(step, now),
@@ -53,16 +59,6 @@ impl EngineCore {
             }
         }
         self.load.served(ended(&self.counters) - ended_before, step.result.elapsed_ns);
-    }
-
-    /// The device had this step since it was submitted, or since it was done with the one before;
-    /// what of that time it did not work was lost on the way there and back.
-    fn count_gap(&mut self, step: &Step, now: Instant) {
-        let submitted_at =
-            self.device.submitted_at[step.plan.number as usize % self.device.depth()];
-        let had_ns = now.ns_since(submitted_at.max(self.device.completed_at));
-        self.counters.device_gap_ns += had_ns.saturating_sub(step.result.elapsed_ns);
-        self.device.completed_at = now;
     }
 
     /// Whether the result has one token for each row that samples, in the rows' order.
@@ -112,6 +108,7 @@ impl EngineCore {
         assert!(sequence.tokens.len() < sequence.tokens.capacity(), "checked when submitted");
         sequence.tokens.push(token);
         self.counters.tokens_out += 1;
+        self.tenants.produce(&sequence.bill);
         if sequence.wants_logprobs() {
             let kept = top.len().min(sequence.egress.top.capacity() - sequence.egress.top.len());
             sequence.egress.top.extend_from_slice(&top[..kept]);
@@ -154,9 +151,8 @@ impl EngineCore {
         sequence.times.first_token = Some(now);
         let ttft_ns = now.ns_since(sequence.times.arrived);
         self.histograms.ttft.observe(ttft_ns);
-        if let Some(foreseen_ns) = sequence.ttft_foreseen_ns {
-            self.counters.ttft_foreseen.observe(foreseen_ns, ttft_ns);
-        }
+        let foreseen = sequence.foreseen;
+        self.observe_ttft(foreseen, ttft_ns);
         let seq = self.sequences.key(index).recorded();
         self.note(now, Flight::FirstToken, [seq, ttft_ns, 0]);
     }
@@ -164,6 +160,7 @@ impl EngineCore {
     /// Nothing of the step was computed: its sequences' KV is not what the engine thinks.
     fn fail_step(&mut self, step: &Step, now: Instant) {
         self.counters.step_failures += 1;
+        self.breaker.handle_failure(now);
         for row in &step.plan.rows {
             if let Some(index) = self.sequences.live(row.seq) {
                 self.finish(index, FinishReason::DeviceFailed, now);

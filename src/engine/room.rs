@@ -74,6 +74,16 @@ impl EngineCore {
         }
     }
 
+    /// How much prefill the steps to come will take, with so much else in each: at least 1.
+    pub(super) fn prefill_a_step(&self, beside: StepLoad) -> u32 {
+        let most = self.limits.step_tokens_max.saturating_sub(beside.decode_rows).max(1);
+        if beside.decode_rows == 0 {
+            return most;
+        }
+        let fits = self.pace.prefill_within(beside, 0, most, self.step_target_ns());
+        fits.max(PREFILL_TOKENS_MIN).min(most)
+    }
+
     fn step_target_ns(&self) -> u64 {
         self.limits.step_target_ms.saturating_mul(1_000_000)
     }

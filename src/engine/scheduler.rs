@@ -16,6 +16,7 @@
 //! blocks are there for anybody.
 
 use crate::base::Instant;
+use crate::flow::breaker::PROBES_MAX;
 use crate::limits::Limits;
 use crate::message::{BLOCK_POSITIONS, Step, StepPlan};
 
@@ -24,7 +25,7 @@ use super::plan;
 use super::reclaim::{Claim, PREEMPTIONS_MAX};
 use super::record::Flight;
 use super::room::StepRoom;
-use super::sequence::{SequenceTable, State};
+use super::sequence::{Sequence, SequenceTable, State};
 
 /// The admitted sequences by where they are. No list outgrows its reserved capacity.
 #[derive(Debug)]
@@ -60,6 +61,11 @@ impl Batch {
     /// Batch slots without a sequence.
     pub fn slots_free(&self) -> &[u16] {
         &self.slots_free
+    }
+
+    /// Sequences that run or wait to.
+    pub fn in_line(&self) -> u32 {
+        (self.running.len() + self.waiting.len()) as u32
     }
 
     pub fn remove_waiting(&mut self, index: u32, sequences: &SequenceTable) {
@@ -247,7 +253,8 @@ impl EngineCore {
     /// Admits from the queue's head while there are slots, blocks and room.
     fn seat_queued(&mut self, plan: &mut StepPlan, room: &mut StepRoom, now: Instant) {
         while self.batch.admitted < self.batch.admitted_max
-            && let Some(index) = self.queue.head()
+            && self.breaker_lets_in(self.batch.in_line(), now)
+            && let Some(index) = self.queue.head(&self.sequences, &self.tenants.shares)
             && !self.batch.slots_free.is_empty()
             && plan::has_history_room(plan, &self.sequences[index], self.context)
         {
@@ -263,6 +270,8 @@ impl EngineCore {
             self.counters.admitted += 1;
             let sequence = &mut self.sequences[index];
             self.counters.prompt_tokens += u64::from(sequence.prompt_tokens);
+            let Sequence { bill, class, prompt_tokens, .. } = &*sequence;
+            self.tenants.admit(bill, *class, *prompt_tokens, self.queue.is_fair());
             sequence.admission = self.batch.admissions;
             sequence.times.admitted = Some(now);
             let waited_ns = now.ns_since(sequence.times.arrived);
@@ -273,6 +282,14 @@ impl EngineCore {
             self.seat(index);
             self.watch(index);
             self.plan_prefill(plan, room, index, chunk);
+        }
+    }
+
+    /// Whether the breaker lets in one more: nobody while it is open, a few to see while half-open.
+    pub(super) fn breaker_lets_in(&self, are_in: u32, now: Instant) -> bool {
+        match self.breaker.opens_at(now) {
+            Some(_) => false,
+            None => are_in < PROBES_MAX || !self.breaker.is_half_open(now),
         }
     }
 
@@ -318,10 +335,9 @@ impl EngineCore {
         debug_assert!(step.plan.blocks.iter().all(|&b| self.blocks.references(b) > 0));
         debug_assert!(step.plan.blocks.len() * BLOCK_POSITIONS >= step.plan.tokens.len());
         if self.steps_in_flight() == 0 {
-            self.counters.device_idle_ns += now.ns_since(self.device.completed_at);
+            self.counters.device_idle_ns += now.ns_since(self.device.since);
+            self.device.since = now;
         }
-        let depth = self.device.depth();
-        self.device.submitted_at[step.plan.number as usize % depth] = now;
         self.device.submitted = step.plan.number;
         self.counters.steps += 1;
         self.counters.rows += step.plan.rows.len() as u64;

@@ -23,8 +23,10 @@ use crate::base::Instant;
 use crate::message::{BLOCK_POSITIONS, BlockId, Logprob, SeqKey, StreamKey};
 use crate::request::{Class, FinishReason, RejectReason, SamplingParams, Timings, TokenId, Usage};
 
+use super::foresight::Foreseen;
 use super::ledger::Permit;
 use super::stop::StopMatcher;
+use super::tenants::Bill;
 
 /// No sequence: the end of a linked list, an empty batch slot.
 pub(super) const NONE: u32 = u32::MAX;
@@ -141,8 +143,12 @@ pub(super) struct Sequence {
     pub admission: u64,
     pub times: Times,
     pub permit: Permit,
-    /// When its first token was expected, as of the ask; `None` before steps had been seen.
-    pub ttft_foreseen_ns: Option<u64>,
+    /// Whose place it would be in the calendar.
+    pub client: u64,
+    /// What was foreseen when it came.
+    pub foreseen: Foreseen,
+    /// Who pays, and what was charged so far.
+    pub bill: Bill,
     /// What the client asked for; 0 when it did not say.
     pub asked_max_tokens: u32,
 
@@ -197,7 +203,9 @@ impl Sequence {
             admission: 0,
             times: Times::default(),
             permit: Permit::default(),
-            ttft_foreseen_ns: None,
+            client: 0,
+            foreseen: Foreseen::default(),
+            bill: Bill::NONE,
             asked_max_tokens: 0,
             tokens: Vec::new(),
             prompt_tokens: 0,

@@ -3,6 +3,7 @@
 use crate::base::board::{Kind, Label, Number, Tell};
 use crate::base::histogram::histograms;
 use crate::flow::Load;
+use crate::flow::calendar::Kept;
 use crate::request::{Class, FinishReason, RejectReason, Timings, Usage};
 
 /// Counters since the start. They only grow.
@@ -14,6 +15,8 @@ pub struct Counters {
     pub gate_refusals: u64,
     /// Asks granted.
     pub grants: u64,
+    /// Asks treated as a less urgent class than they named: their tenant may not use that.
+    pub classes_lowered: u64,
     /// Submissions accepted into the queue.
     pub accepted: u64,
     /// Sequences whose first prefill was planned.
@@ -62,14 +65,14 @@ pub struct Counters {
     /// Time that it had a step and did not work: lost on the rings and in waking up.
     pub device_gap_ns: u64,
     /// Times to the first token as foreseen at the ask, against what they came to.
-    pub ttft_foreseen: Foreseen,
+    pub ttft_foreseen: Accuracy,
     /// Steps' times as foreseen, against what they took.
-    pub step_foreseen: Foreseen,
+    pub step_foreseen: Accuracy,
 }
 
 /// How good a prediction was, summed up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Foreseen {
+pub struct Accuracy {
     /// Predictions that came to be compared.
     pub count: u64,
     /// Sum of what was predicted.
@@ -80,7 +83,7 @@ pub struct Foreseen {
     pub error_ns: u64,
 }
 
-impl Foreseen {
+impl Accuracy {
     pub(super) fn observe(&mut self, predicted_ns: u64, actual_ns: u64) {
         self.count += 1;
         // A guess without any bound must not stop the server.
@@ -147,6 +150,14 @@ pub struct EngineStats {
     /// λ, μ and their ratio, in requests: asks that came, whether granted or not, against requests
     /// that ended while the device worked.
     pub load: Load,
+    /// The circuit breaker: 0 closed, 1 half-open, 2 open.
+    pub breaker: u64,
+    /// How often it has opened.
+    pub breaker_trips: u64,
+    /// What became of the places promised to refused clients.
+    pub promises: Kept,
+    /// How much longer first tokens took than the model of steps foresaw, of late.
+    pub wait_correction_permille: u64,
     /// Sequences with a grant and no submission yet.
     pub granted: u32,
     /// Sequences in the queue, by class, most urgent first.
@@ -175,6 +186,9 @@ pub struct EngineStats {
     pub wait_foreseen_ns: u64,
     /// What was seen of times and lengths.
     pub histograms: Histograms,
+    /// Asks of tenants and users for whom there was no room for an account of their own. Only
+    /// grows.
+    pub shared_asks: u64,
 }
 
 /// Demand over supply in thousandths: 1,000 is the set point, beyond it requests wait for this
@@ -238,6 +252,7 @@ const REJECTED: [Number; RejectReason::ALL.len()] = labelled!(
         "queue_ttl_expired",
         "deadline_expired",
         "ttft_unattainable",
+        "tenant_rate",
     ]
 );
 
@@ -288,6 +303,7 @@ impl Tell for EngineStats {
         family(&FINISHED, &self.counters.finished);
         self.tell_gauges(&mut put);
         self.counters.tell(&mut put);
+        self.tell_promises(&mut put);
         self.histograms.tell(&mut put);
     }
 }
@@ -320,6 +336,29 @@ impl EngineStats {
         let wait = "foreseen time to the first token of an ordinary request that comes now, \
                     its own prefill left out";
         gauge("engine_wait_foreseen_ns", self.wait_foreseen_ns, wait);
+        let correction = "how much longer first tokens took than the model of steps foresaw";
+        gauge("engine_wait_correction_permille", self.wait_correction_permille, correction);
+        gauge("engine_breaker", self.breaker, "circuit breaker: 0 closed, 1 half-open, 2 open");
+    }
+}
+
+impl EngineStats {
+    /// What is counted elsewhere than in `counters`.
+    fn tell_promises(&self, mut put: impl FnMut(Number, u64)) {
+        let mut count = |name, value, help| put(Number { name, kind: Kind::Counter, help }, value);
+        count("engine_breaker_trips", self.breaker_trips, "times the circuit breaker opened");
+        let shared = "asks of tenants and users without room for an account of their own";
+        count("engine_shared_account_asks", self.shared_asks, shared);
+        let Kept { booked, kept, broken, missed, full } = self.promises;
+        count("engine_promises", booked, "places promised to refused clients");
+        count("engine_promises_kept", kept, "of these, clients let in as promised");
+        count("engine_promises_broken", broken, "of these, clients refused all the same");
+        count(
+            "engine_promises_missed",
+            missed,
+            "places nobody came for in time; some are kept or broken later",
+        );
+        count("engine_promises_denied", full, "refusals without a place, since all were taken");
     }
 }
 
@@ -330,6 +369,8 @@ impl Tell for Counters {
         let gate = "refusals at a closed gate, part of asks and refusals";
         count("engine_gate_refusals", self.gate_refusals, gate);
         count("engine_grants", self.grants, "asks granted");
+        let lowered = "asks treated as a less urgent class than they named";
+        count("engine_classes_lowered", self.classes_lowered, lowered);
         count("engine_accepted", self.accepted, "submissions taken into the queue");
         count("engine_admitted", self.admitted, "sequences whose first prefill was planned");
         count("engine_rejected", self.rejected.iter().sum(), "requests refused or evicted");
@@ -354,12 +395,12 @@ impl Tell for Counters {
         count("engine_resumes", self.resumes, "times such a sequence got credit again");
         let reserved = "times a sequence entered the batch with its whole remainder reserved";
         count("engine_reservations", self.reservations, reserved);
-        let Foreseen { count: foreseen, predicted_ns, actual_ns, error_ns } = self.ttft_foreseen;
+        let Accuracy { count: foreseen, predicted_ns, actual_ns, error_ns } = self.ttft_foreseen;
         count("engine_ttft_foreseen", foreseen, "first tokens whose time was foreseen at the ask");
         count("engine_ttft_foreseen_ns", predicted_ns, "sum of these times as foreseen");
         count("engine_ttft_foreseen_actual_ns", actual_ns, "sum of what they came to");
         count("engine_ttft_foreseen_error_ns", error_ns, "sum of the differences' sizes");
-        let Foreseen { count: foreseen, predicted_ns, actual_ns, error_ns } = self.step_foreseen;
+        let Accuracy { count: foreseen, predicted_ns, actual_ns, error_ns } = self.step_foreseen;
         count("engine_step_foreseen", foreseen, "steps whose time was foreseen");
         count("engine_step_foreseen_ns", predicted_ns, "sum of these times as foreseen");
         count("engine_step_foreseen_actual_ns", actual_ns, "sum of what they took");

@@ -34,7 +34,10 @@ struct Entry {
 }
 
 impl OutputForecast {
-    /// Room for this many keys, 96 bytes each.
+    /// Bytes of a key's histogram.
+    pub const KEY_BYTES: usize = size_of::<Entry>();
+
+    /// Room for this many keys, [`OutputForecast::KEY_BYTES`] each.
     pub fn new(keys_max: usize) -> OutputForecast {
         OutputForecast {
             entries: Vec::with_capacity(keys_max),
@@ -96,7 +99,6 @@ impl Default for Histogram {
     }
 }
 
-const _: () = assert!(size_of::<Entry>() == 96, "as documented at `new`");
 // A bucket's count never exceeds the sum, so the sum's bound is what makes u8 enough.
 const _: () = assert!(ANSWERS_MAX <= u8::MAX as u32);
 

@@ -3,6 +3,8 @@
 //! Core: any. Accounts are integers; [`estimate`] alone uses floating point, and hands out
 //! integers.
 
+pub mod breaker;
+pub mod calendar;
 pub mod credit;
 pub mod estimate;
 pub mod forecast;
@@ -10,6 +12,8 @@ pub mod gate;
 pub mod link;
 pub mod token_bucket;
 
+pub use breaker::Breaker;
+pub use calendar::Calendar;
 pub use credit::{CreditError, CreditReturn, CreditWindow};
 pub use estimate::{Load, LoadEstimator, RateEstimator, StepCost, StepLoad, StepTimeModel};
 pub use forecast::OutputForecast;

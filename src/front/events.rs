@@ -292,5 +292,6 @@ pub(super) fn reject_message(reason: RejectReason) -> &'static str {
         RejectReason::QueueTtlExpired => "it waited as long as a request may wait",
         RejectReason::DeadlineExpired => "its deadline passed while it waited",
         RejectReason::TtftUnattainable => "its first token would come too late",
+        RejectReason::TenantRate => "the tenant takes more in this time than it may",
     }
 }

@@ -57,12 +57,18 @@ pub struct Sizes {
     pub weight_bytes: u64,
     /// The backend's step workspace, sampling state included.
     pub workspace_bytes: u64,
+    /// Penalty histories that are taken as they are used; 0 where they are in the workspace.
+    pub history_bytes: u64,
     /// Whether those three are in memory of a device of its own.
     pub on_device: bool,
     /// What a backend with a device takes of the process's memory.
     pub host_bytes: u64,
+    /// The engine's calendar of refused clients.
+    pub calendar_bytes: u64,
     /// A sequence in the engine's table, its fixed part.
     pub sequence_bytes: u64,
+    /// A tenant's or user's account, with all that the engine keeps for it.
+    pub account_bytes: u64,
     /// A stream in a front core's table, its fixed part.
     pub stream_bytes: u64,
     /// A connection in a front core's table, its fixed part.
@@ -202,6 +208,13 @@ fn device_bounds(sizes: &Sizes) -> Vec<Bound> {
         line("weights", 1, sizes.weight_bytes, kind, "the model, repacked"),
         line("KV pool", sizes.kv_blocks, sizes.kv_block_bytes, kind, "kv.pool_bytes, by 64 tokens"),
         line("workspace", 1, sizes.workspace_bytes, kind, "step_tokens_max and running_max"),
+        line(
+            "penalty histories",
+            1,
+            sizes.history_bytes,
+            Kind::OnDemand,
+            "running_max, by the vocabulary",
+        ),
         line("staging", 1, sizes.host_bytes, Kind::Reserved, staging),
     ]
 }
@@ -230,6 +243,7 @@ fn engine_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Boun
     let admitted = u64::from(limits.running_max) + u64::from(limits.parked_max);
     let window = u64::from(limits.stream_window_tokens_max);
     let held_text = STOP_STRING_BYTES_MAX as u64 + shape.longest_token_bytes;
+    let accounts = u64::from(limits.tenants_max) + 2;
     vec![
         line(
             "sequence table",
@@ -238,6 +252,7 @@ fn engine_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Boun
             Kind::Reserved,
             "queued + running + parked",
         ),
+        line("calendar", 1, sizes.calendar_bytes, Kind::Reserved, "clients told when to come back"),
         line(
             "prompts and outputs",
             sequences,
@@ -260,6 +275,7 @@ fn engine_bounds(limits: &Limits, shape: &ModelShape, sizes: &Sizes) -> Vec<Boun
             Kind::OnDemand,
             "a window of tokens a stream",
         ),
+        line("accounts", accounts, sizes.account_bytes, Kind::Reserved, "tenants_max + 2 shared"),
         line(
             "step boxes",
             sizes.depth + 1,
@@ -439,9 +455,12 @@ mod tests {
             kv_block_bytes: shape().kv_block_bytes(2),
             weight_bytes: 100 << 20,
             workspace_bytes: 32 << 20,
+            history_bytes: 0,
             on_device: false,
             host_bytes: 0,
+            calendar_bytes: 25_000,
             sequence_bytes: 512,
+            account_bytes: 512,
             stream_bytes: 256,
             connection_bytes: 256,
             receive_piece_bytes: 4096,
@@ -520,6 +539,7 @@ mod tests {
         grown(|l| l.parked_max += 1);
         grown(|l| l.step_tokens_max += 1);
         grown(|l| l.context_max += 1);
+        grown(|l| l.tenants_max += 1);
     }
 
     #[test]

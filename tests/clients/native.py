@@ -25,7 +25,7 @@ FINISH = ["end_of_text", "stop_string", "max_tokens", "context_full", "cancelled
           "stalled", "shutting_down", "device_failed", "operator"]
 REASON = ["queue_full", "exceeds_capacity", "invalid", "too_many_streams", "shutting_down",
           "no_capacity", "deadline_unattainable", "queue_ttl_expired", "deadline_expired",
-          "ttft_unattainable"]
+          "ttft_unattainable", "tenant_rate"]
 ROLE = {"system": 0, "user": 1, "assistant": 2, "tool": 3}
 
 # Options: tag, and how its value is packed.

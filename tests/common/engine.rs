@@ -40,6 +40,8 @@ pub struct Want {
     pub max_tokens: u32,
     pub window: u32,
     pub class: Class,
+    pub tenant: &'static str,
+    pub user: &'static str,
     pub deadline: Option<Instant>,
     pub stop: Vec<&'static str>,
     pub ignore_eos: bool,
@@ -54,6 +56,8 @@ impl Default for Want {
             max_tokens: 4,
             window: 8,
             class: Class::Default,
+            tenant: "",
+            user: "",
             deadline: None,
             stop: vec![],
             ignore_eos: false,
@@ -126,8 +130,8 @@ impl Bench {
         let ask = Ask {
             stream,
             class: want.class,
-            tenant: Name::EMPTY,
-            user: Name::EMPTY,
+            tenant: Name::new(want.tenant).unwrap(),
+            user: Name::new(want.user).unwrap(),
             input_bytes: want.prompt as u32,
             input_tokens: want.prompt as u32,
             max_tokens: want.max_tokens,
@@ -204,6 +208,11 @@ impl Bench {
         self.told = others;
         let its: Vec<(StreamKey, Told)> = its;
         its.into_iter().map(|(_, told)| told).collect()
+    }
+
+    /// What everybody was told since the last time, in order.
+    pub fn take_told(&mut self) -> Vec<(StreamKey, Told)> {
+        std::mem::take(&mut self.told)
     }
 
     /// Takes in batches and gives them back.

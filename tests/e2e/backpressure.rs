@@ -1,6 +1,6 @@
 //! Who does not read is stopped, alone; what does not fit is refused, at once.
 
-use forebay::request::{Class, FinishReason, RejectReason};
+use forebay::request::{Class, FinishReason, Name, RejectReason};
 use forebay::runtime::Flavour;
 
 use crate::rig::{
@@ -169,4 +169,28 @@ fn who_would_wait_too_long_for_the_first_token_is_told_at_once_and_bulk_waits() 
     bulk.class = Class::Bulk;
     assert_eq!(ask(&client, bulk).done().usage.output_tokens, 5);
     assert_eq!(collect_into(first, head).done().usage.output_tokens, 200);
+}
+
+#[test]
+fn a_tenant_beyond_its_quota_is_refused_with_a_time_to_come_back_and_others_are_served() {
+    for flavour in FLAVOURS {
+        let rig = Rig::start_with(flavour, |config| {
+            config.limits.quotas.tenant.requests_per_minute = 2;
+        });
+        let client = rig.connect();
+        let by = |tenant| {
+            let mut request = exactly("A short one", 3);
+            request.tenant = Name::new(tenant).unwrap();
+            ask(&client, request)
+        };
+        by("acme").done();
+        by("acme").done();
+        let refused = by("acme");
+        assert_eq!(refused.rejection().reason, RejectReason::TenantRate);
+        let retry_ms = refused.rejection().retry_after_ms.unwrap();
+        assert!((1..=30_000).contains(&retry_ms), "{retry_ms}: two a minute");
+        by("other").done();
+        assert_eq!(stat(&client, "engine_rejected_tenant_rate"), 1);
+        rig.wait_until_idle();
+    }
 }

@@ -61,6 +61,7 @@ impl Asked {
         };
         let mut request = Request::new(prompt);
         request.class = self.plan.class;
+        (request.tenant, request.user) = (self.plan.tenant, self.plan.user);
         request.max_tokens = (question.max_tokens > 0).then_some(question.max_tokens);
         request.deadline_ms = self.plan.deadline.map(|at| at.ms_since(self.plan.at).max(1) as u32);
         request.window_tokens = self.plan.window;

@@ -55,6 +55,8 @@ pub struct Device {
     /// The first breach of contract.
     pub breach: Option<String>,
     pub steps_run: u64,
+    /// So many more steps fail.
+    ill_steps: u64,
     /// What the engine believed of step times when it planned, up to which step.
     paces: VecDeque<(u64, StepTimeModel)>,
     pub steps_cut: u64,
@@ -79,6 +81,7 @@ impl SimBackend {
             kv_block_bytes: 0,
             weight_bytes: 0,
             workspace_bytes: 0,
+            history_bytes: 0,
             depth,
             on_device: false,
             host_bytes: 0,
@@ -116,6 +119,7 @@ impl Device {
             spoilt: BTreeSet::new(),
             breach: None,
             steps_run: 0,
+            ill_steps: 0,
             paces: VecDeque::new(),
             steps_cut: 0,
         }
@@ -185,7 +189,7 @@ impl Device {
         step.result.elapsed_ns = busy_ns;
         if self.lost {
             step.result.failure = Some(StepFailure::DeviceLost);
-        } else if self.faults && self.prng.chance(self.options.step_invalid) {
+        } else if self.fails() {
             step.result.failure = Some(StepFailure::InvalidPlan);
             self.spoilt.extend(step.plan.rows.iter().map(|row| row.seq));
         } else if let Err(breach) = self.run(&mut step) {
@@ -194,6 +198,16 @@ impl Device {
             step.result.failure = Some(StepFailure::InvalidPlan);
         }
         Some(step)
+    }
+
+    /// One failure may be an accident, or the first of a few: a device that is ill for a while.
+    fn fails(&mut self) -> bool {
+        if self.faults && self.ill_steps == 0 && self.prng.chance(self.options.step_invalid) {
+            self.ill_steps = 1 + self.prng.below(6);
+        }
+        let fails = self.faults && self.ill_steps > 0;
+        self.ill_steps = self.ill_steps.saturating_sub(1);
+        fails
     }
 
     /// What can be said of a plan before it runs; written without a look at the engine's own check.

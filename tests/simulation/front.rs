@@ -10,7 +10,7 @@ use forebay::message::{
     Ask, ControlMessage, EVENT_BATCHES, Event, EventBatch, RequestMessage, StreamKey, Submission,
 };
 use forebay::ports::FrontEnds;
-use forebay::request::{FinishReason, Name, RejectReason};
+use forebay::request::{FinishReason, RejectReason};
 
 use crate::options::Options;
 use crate::request::{Cursor, End, Plan, Request};
@@ -170,8 +170,8 @@ impl Front {
         let ask = Ask {
             stream: request.key,
             class: request.plan.class,
-            tenant: Name::EMPTY,
-            user: Name::EMPTY,
+            tenant: request.plan.tenant,
+            user: request.plan.user,
             input_bytes: 4 * prompt,
             input_tokens: prompt + self.prng.between(0, 20) as u32,
             max_tokens: request.plan.question.max_tokens,

@@ -29,6 +29,7 @@ mod world;
 
 use std::time::Instant;
 
+use forebay::request::RejectReason;
 use world::{Fronts, Seen};
 
 /// Seeds that once found something; each with what it was.
@@ -69,7 +70,17 @@ fn seeds_that_once_failed_pass() {
 
 #[test]
 fn every_request_gets_its_answer_or_an_honest_end_whatever_happens() {
-    run_seeds(Fronts::Messages);
+    let seen = run_seeds(Fronts::Messages);
+    let refused = |reason| seen.rejected[reason as usize];
+    for (what, count) in [
+        ("was refused for its tenant's rate", refused(RejectReason::TenantRate)),
+        ("was refused for its tenant's streams", refused(RejectReason::TooManyStreams)),
+        ("shared an account", seen.shared_asks),
+        ("was a different share ahead", seen.turns),
+    ] {
+        // Of a single seed it cannot be asked.
+        assert!(seen.runs < 100 || count > 0, "nobody {what}");
+    }
 }
 
 #[test]
@@ -77,4 +88,5 @@ fn clients_that_speak_bytes_get_theirs_whatever_happens() {
     let seen = run_seeds(Fronts::Bytes);
     // Of a single seed it cannot be asked.
     assert!(seen.runs < 100 || seen.gate_refusals > 0, "nobody met a closed gate");
+    assert!(seen.runs < 100 || seen.breaker_trips > 0, "the breaker never opened");
 }

@@ -5,8 +5,9 @@
 //! what only happens in the absence of something.
 
 use forebay::base::{Prng, Ratio};
-use forebay::limits::Limits;
+use forebay::limits::{Limits, Policy, Quota};
 use forebay::message::BLOCK_POSITIONS;
+use forebay::request::Class;
 
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -49,6 +50,10 @@ pub struct Options {
     pub garbage: Ratio,
     /// A client reads nothing more from its socket.
     pub deaf: Ratio,
+    /// Who asks; the first asks for more than half of it all.
+    pub tenants: usize,
+    /// They ask in this class alone.
+    pub one_class: Option<Class>,
     /// A front core dies.
     pub front_lost: bool,
     /// The server drains in the middle of it all.
@@ -97,6 +102,8 @@ impl Options {
             reset: sometimes(p, 40),
             garbage: sometimes(p, 30),
             deaf: sometimes(p, 40),
+            tenants: 1,
+            one_class: None,
             front_lost: p.chance(Ratio::percent(5)),
             drain_early: p.chance(Ratio::percent(10)),
             limits,
@@ -114,7 +121,44 @@ impl Options {
             options.step_us = options.step_us.min(200);
             options.arrival_us = options.arrival_us.min(500);
         }
+        options.draw_tenants();
         options
+    }
+
+    /// Tenants, their quotas and who is next; with a generator of its own, so that the other
+    /// options are what they would be without.
+    fn draw_tenants(&mut self) {
+        let mut prng = Prng::new(self.seed ^ 0x7e4a_4750_0000_0000);
+        let p = &mut prng;
+        self.tenants = [1, 2, 3, 6][p.index(4)];
+        let limits = &mut self.limits;
+        limits.tenants_max = p.between(1, 8) as u32;
+        limits.policy = [Policy::Priority, Policy::Fcfs, Policy::Fair, Policy::Fair][p.index(4)];
+        limits.ageing_ms = [0, 1, 100, 1_000][p.index(4)];
+        if limits.policy == Policy::Fair && p.chance(Ratio::percent(50)) {
+            self.one_class = Some(Class::ALL[p.index(4)]);
+        }
+        limits.quotas.tenant = draw_quota(p);
+        if p.chance(Ratio::percent(30)) {
+            limits.quotas.user = Quota { class_ceiling: Class::System, ..draw_quota(p) };
+        }
+    }
+}
+
+/// One limit or another; so tight that it is met, and in two runs of three not there.
+fn draw_quota(p: &mut Prng) -> Quota {
+    let mut limit = |most: u64| if p.below(3) == 0 { p.between(1, most) as u32 } else { 0 };
+    Quota {
+        requests_per_second: limit(200),
+        requests_burst: limit(5),
+        requests_per_minute: limit(20),
+        input_tokens_per_second: limit(2_000),
+        input_tokens_burst: limit(200),
+        output_tokens_per_second: limit(2_000),
+        output_tokens_burst: limit(200),
+        streams_max: limit(6),
+        weight: 1 + limit(3),
+        class_ceiling: Class::ALL[limit(3) as usize],
     }
 }
 

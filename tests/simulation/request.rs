@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use forebay::base::{Instant, Prng, TokenTable};
 use forebay::message::{Event, EventBatch, Logprob, SeqKey, StreamKey};
-use forebay::request::{Class, FinishReason, RejectReason, SamplingParams, TokenId, Usage};
+use forebay::request::{Class, FinishReason, Name, RejectReason, SamplingParams, TokenId, Usage};
 
 use crate::model::{self, Answer, Question};
 use crate::options::Options;
@@ -31,6 +31,8 @@ pub enum CancelWhen {
 pub struct Plan {
     pub at: Instant,
     pub class: Class,
+    pub tenant: Name,
+    pub user: Name,
     pub question: Question,
     pub deadline: Option<Instant>,
     pub window: u32,
@@ -87,10 +89,14 @@ impl Plan {
             true => model::answer(&question, context, table),
             false => Answer { tokens: vec![], text: vec![], finish: FinishReason::ContextFull },
         };
+        let (tenant, user) = who(options, question.sampling.seed);
         let deadline = p.chance(options.deadline).then(|| at.plus_ms(p.between(1, 3_000)));
+        let class = Class::ALL[p.index(4)];
         Plan {
             at,
-            class: Class::ALL[p.index(4)],
+            class: options.one_class.unwrap_or(class),
+            tenant,
+            user,
             deadline,
             window: p.between(1, u64::from(limits.stream_window_tokens_max)) as u32,
             tokenise_ns: p.between(0, 300_000),
@@ -113,6 +119,14 @@ impl Plan {
             answer,
         }
     }
+}
+
+/// Whose a request is, by lots that it has drawn already. Half of the lots are the first tenant's.
+fn who(options: &Options, lots: u64) -> (Name, Name) {
+    let name = |text: &str| Name::new(text).expect("it is short");
+    let lot = (lots % (2 * options.tenants as u64)) as usize;
+    let tenant = ["flood", "a", "b", "c", "d", "e"][if lot < options.tenants { lot } else { 0 }];
+    (name(tenant), name(["", "ann", "bob"][(lots >> 32) as usize % 3]))
 }
 
 /// How a request ended.
@@ -262,9 +276,7 @@ impl Request {
                 if !self.tokens.is_empty() {
                     return Err(format!("{reason:?} after output: evicted after admission"));
                 }
-                if reason == RejectReason::QueueFull && retry_after_ms.is_none() {
-                    return Err("the queue is full, and no word when to come back".into());
-                }
+                check_retry(reason, retry_after_ms)?;
                 self.check_reject(reason, now)?;
                 self.end = Some(End::Rejected(reason));
             }
@@ -360,7 +372,8 @@ impl Request {
             RejectReason::TtftUnattainable => {
                 self.granted.is_none() && self.plan.class != Class::Bulk
             }
-            RejectReason::Invalid | RejectReason::TooManyStreams => false,
+            RejectReason::TenantRate | RejectReason::TooManyStreams => self.granted.is_none(),
+            RejectReason::Invalid => false,
             RejectReason::ExceedsCapacity => self.plan.answer.tokens.is_empty(),
             _ => true,
         };
@@ -436,5 +449,19 @@ impl Cursor {
             && self.text == batch.text.len()
             && self.logprobs == batch.logprobs.len()
             && self.top == batch.top.len()
+    }
+}
+
+/// The time that a refused client was told: none, or one that is not too far off.
+fn check_retry(reason: RejectReason, retry_after_ms: Option<u32>) -> Result<(), String> {
+    use RejectReason::{TenantRate, TooManyStreams};
+    let passes = matches!(reason, TenantRate | TooManyStreams);
+    if passes && retry_after_ms.is_none() {
+        return Err(format!("{reason:?}, and no word when to come back"));
+    }
+    let most_ms = if passes { 60_000 } else { 30_000 };
+    match retry_after_ms.is_some_and(|ms| ms == 0 || ms > most_ms) {
+        true => Err(format!("told to come back in {retry_after_ms:?} ms")),
+        false => Ok(()),
     }
 }

@@ -7,9 +7,10 @@ use std::rc::Rc;
 use forebay::base::{Instant, Prng, Ratio};
 use forebay::device::DeviceCore;
 use forebay::engine::{EngineConfig, EngineCore};
+use forebay::limits::Quota;
 use forebay::message::EVENT_BATCHES;
 use forebay::ports::{connect_device, connect_front};
-use forebay::request::{FinishReason, RejectReason};
+use forebay::request::{Class, FinishReason, Name, RejectReason};
 use forebay::ring::Doorbell;
 
 use crate::device::{Device, SimBackend};
@@ -43,6 +44,11 @@ pub struct Seen {
     pub resumes: u64,
     pub stale: u64,
     pub gate_refusals: u64,
+    pub breaker_trips: u64,
+    /// Asks of tenants for whom there was no account of their own.
+    pub shared_asks: u64,
+    /// Moves with two tenants and more in line for their turn.
+    pub turns: u64,
 }
 
 impl Seen {
@@ -65,6 +71,9 @@ impl Seen {
         self.resumes += other.resumes;
         self.stale += other.stale;
         self.gate_refusals += other.gate_refusals;
+        self.breaker_trips += other.breaker_trips;
+        self.shared_asks += other.shared_asks;
+        self.turns += other.turns;
         self.finished.iter_mut().zip(other.finished).for_each(|(sum, n)| *sum += n);
         self.rejected.iter_mut().zip(other.rejected).for_each(|(sum, n)| *sum += n);
     }
@@ -85,6 +94,7 @@ pub struct World {
     calm: bool,
     drain_at: Option<Instant>,
     front_dies_at: Option<Instant>,
+    turns: u64,
 }
 
 /// Who stands on the engine's front side.
@@ -172,6 +182,7 @@ impl World {
             calm: false,
             drain_at,
             front_dies_at,
+            turns: 0,
             prng,
             options,
         }
@@ -249,6 +260,7 @@ impl World {
                 self.engine.check_invariants()?;
                 self.check_links()?;
                 self.check_gate()?;
+                self.check_shares()?;
                 busy
             }
             1 => {
@@ -284,31 +296,56 @@ impl World {
         Ok(())
     }
 
-    /// As of the end of every tick: the gate is closed for a reason that is there, open as soon as
-    /// there is none, and never open when the smallest request would be refused.
+    /// Tenants that ask in one class and wait for their turn are not further apart than the bound
+    /// that `fair.rs` derives.
+    fn check_shares(&mut self) -> Result<(), String> {
+        if self.options.one_class.is_none() {
+            return Ok(());
+        }
+        for class in Class::ALL {
+            let (gap, most) = self.engine.fair_gap(class);
+            self.turns += u64::from(gap > 0);
+            if gap > most {
+                return Err(format!("tenants are {gap} apart in {class:?}, not {most} at most"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The accounts of tenants: nobody has a stream any more, and if none had to make room for
+    /// another they sum to what was counted for all.
+    fn check_tenants_at_end(&self) -> Result<(), String> {
+        let stats = self.engine.stats();
+        let mut output = 0;
+        for one in self.engine.tenants() {
+            if one.tally.live > 0 || one.tally.admitted > 0 {
+                return Err(format!("{one:?} has streams, and nobody else has"));
+            }
+            output += if one.user == Name::EMPTY { one.tally.tokens_out } else { 0 };
+        }
+        let has_users = self.options.limits.quotas.user != Quota::UNLIMITED;
+        let all_kept = self.options.tenants <= self.options.limits.tenants_max as usize;
+        let counted = stats.counters.tokens_out;
+        match output == counted || has_users || !all_kept {
+            true => Ok(()),
+            false => Err(format!("tenants had {output} tokens of {counted}")),
+        }
+    }
+
+    /// As of the end of every tick: the gate is closed while there is a reason, and no longer.
     fn check_gate(&self) -> Result<(), String> {
-        let (stats, limits) = (self.engine.stats(), &self.options.limits);
-        let requests = stats.granted + stats.queued.iter().sum::<u32>();
-        let held = [
-            (u64::from(requests), u64::from(limits.queued_requests_max)),
-            (stats.queued_tokens, limits.queued_tokens_max),
-            (stats.queued_bytes, limits.queued_bytes_max),
-        ];
-        let is_full = held.iter().any(|(held, bound)| held >= bound);
-        let is_low = held.iter().all(|(held, bound)| *held <= bound - (bound / 16).max(1));
-        let is_table_full = self.engine.pending().count() == limits.sequences_max() as usize;
         let (drains, lost) = (self.engine.is_draining(), self.engine.device_lost());
+        let is_open = self.engine.stats().breaker == 2;
         let gate = self.engine.gate();
         let is_right = match gate.map(|closed| closed.reason) {
             Some(RejectReason::ShuttingDown) => drains,
-            Some(RejectReason::NoCapacity) => lost,
-            Some(RejectReason::QueueFull) => is_table_full || !is_low,
+            Some(RejectReason::NoCapacity) => lost || is_open,
             Some(_) => false,
-            None => !(drains || lost || is_full || is_table_full),
+            None => !(drains || lost || is_open),
         };
         match is_right {
             true => Ok(()),
-            false => Err(format!("the gate is {gate:?} with {held:?}; {drains}, {lost}")),
+            false => Err(format!("the gate is {gate:?}; {drains}, {lost}")),
         }
     }
 
@@ -337,7 +374,9 @@ impl World {
         }
         let limits = &self.options.limits;
         let queued: u32 = stats.queued.iter().sum();
-        if queued > 0 && stats.parked < limits.running_max + limits.parked_max {
+        // Its breaker wakes the engine when it is no longer open.
+        if queued > 0 && stats.breaker < 2 && stats.parked < limits.running_max + limits.parked_max
+        {
             return Err("the device is idle, and the queue is not served".into());
         }
         Ok(())
@@ -388,6 +427,7 @@ impl World {
         if all_there && rejected.is_some_and(|rejected| rejected != counted) {
             return Err(format!("{rejected:?} were rejected, the engine knows of {counted}"));
         }
+        self.check_tenants_at_end()?;
         let counts = self.engine.census();
         if self.fronts.len() == self.options.fronts
             && counts.batches_idle.iter().any(|&batches| batches != EVENT_BATCHES)
@@ -409,6 +449,9 @@ impl World {
             resumes: stats.counters.resumes,
             stale: stats.counters.stale_messages,
             gate_refusals: stats.counters.gate_refusals,
+            breaker_trips: stats.breaker_trips,
+            shared_asks: stats.shared_asks,
+            turns: self.turns,
             ..Seen::default()
         };
         self.fronts.iter().for_each(|front| front.count(&mut seen));

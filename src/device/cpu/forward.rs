@@ -87,6 +87,7 @@ pub struct Forward {
     own: Vec<Staged<Own>>,
     /// Workspace bytes besides weights and KV.
     workspace_bytes: u64,
+    history_bytes: u64,
 }
 
 /// Widths of rows as stored: whole panels.
@@ -154,8 +155,10 @@ impl Forward {
             weights,
             kv,
             workspace_bytes: 0,
+            history_bytes: 0,
         };
         forward.workspace_bytes = forward.count_workspace(&bounds);
+        forward.history_bytes = forward.count_histories();
         Ok(forward)
     }
 
@@ -166,16 +169,17 @@ impl Forward {
         let acts = [&self.hidden_acts, &self.attended_acts, &self.inner_acts, &self.head_acts];
         let acts = acts.iter().map(|acts| acts.mapped_bytes()).sum::<u64>();
         // SAFETY: `&mut self` is alone.
-        let (schedule, history, own) = unsafe {
-            (
-                self.schedule.get().bytes(),
-                self.slots.first().map_or(0, |slot| slot.get().history.bytes()),
-                self.own.iter().map(|own| own.get().bytes()).sum::<u64>(),
-            )
+        let (schedule, own) = unsafe {
+            (self.schedule.get().bytes(), self.own.iter().map(|own| own.get().bytes()).sum::<u64>())
         };
         let top_max = u64::from(SamplingParams::TOP_LOGPROBS_MAX);
         let outcomes = bounds.sampled_rows_max as u64 * top_max * 8;
-        rows + acts + schedule + history * bounds.rows_max as u64 + own + outcomes
+        rows + acts + schedule + own + outcomes
+    }
+
+    fn count_histories(&mut self) -> u64 {
+        // SAFETY: `&mut self` is alone.
+        self.slots.iter().map(|slot| unsafe { slot.get() }.history.bytes()).sum()
     }
 
     /// The model's shape.
@@ -193,9 +197,15 @@ impl Forward {
         self.weights.bytes()
     }
 
-    /// Bytes of everything but weights and KV.
+    /// Bytes of everything but weights, KV and penalty histories.
     pub fn workspace_bytes(&self) -> u64 {
         self.workspace_bytes
+    }
+
+    /// Bytes of the slots' penalty histories. Their pages come as slots use penalties: most never
+    /// do, and a count for each token of the vocabulary is much memory for nothing.
+    pub fn history_bytes(&self) -> u64 {
+        self.history_bytes
     }
 
     /// Logits of a sampled row of the last step, after penalties and bias.

@@ -184,6 +184,7 @@ impl CpuBackend {
             kv_block_bytes: layout.block_bytes(),
             weight_bytes: forward.weight_bytes(),
             workspace_bytes: forward.workspace_bytes(),
+            history_bytes: forward.history_bytes(),
             depth: 1,
             on_device: false,
             host_bytes: 0,

@@ -112,6 +112,7 @@ pub fn describe(
         kv_block_bytes: kv_block_bytes(&config),
         weight_bytes: Weights::of(gguf, &config)?.bytes() as u64,
         workspace_bytes: workspace.bytes as u64,
+        history_bytes: 0,
         depth: DEPTH,
         on_device: true,
         host_bytes: workspace.staging_bytes() + DRIVER_BYTES,

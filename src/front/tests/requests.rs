@@ -83,7 +83,7 @@ fn at_a_closed_gate_a_request_is_refused_as_by_the_engine_and_goes_no_further() 
     let mut world = Harness::new();
     let conn = world.welcomed();
     let (reason, retry_after_ms) = (RejectReason::QueueFull, Some(7));
-    world.gate.show(Class::Default, Some(Closed { reason, retry_after_ms, apart_us: 0 }));
+    world.gate.show(Class::Default, Some(Closed { reason, retry_after_ms }));
     world.request(conn, 1, &text_request("abc"));
     world.no_request();
     let at_gate = world.got(conn);
