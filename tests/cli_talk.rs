@@ -1,4 +1,5 @@
-//! `run`, `chat`, `bench`, `plan` and `serve`, as a user runs them, on the default model.
+//! `run`, `chat`, `bench`, `plan`, `serve`, `top` and `dump`, as a user runs them, on the default
+//! model.
 
 mod common;
 
@@ -262,6 +263,14 @@ fn a_signal_prints_what_became_of_the_last_request() {
         assert_eq!(of("front"), ["request", "ask", "granted", "submit", "done"], "{dump}");
         let engine = ["ask", "grant", "accept", "admit", "first token", "done"];
         assert_eq!(of("engine"), engine, "{dump}");
+        if !args.is_empty() {
+            let path = file.to_str().unwrap();
+            let its = run(&["dump", path, "--seq", seq.split_once('=').unwrap().1]);
+            let its = text(&its.stdout);
+            let both = (life(&its, "engine", [stream, seq]), life(&its, "front", [stream, seq]));
+            assert_eq!(both, (of("engine"), of("front")), "{its}");
+            assert_eq!(its.lines().count(), 1 + both.0.len() + both.1.len(), "{its}");
+        }
         // A step for the prompt, one for each token but the last.
         assert_eq!(dump.matches("step begun ").count(), 3, "{dump}");
         assert_eq!(dump.matches("step done ").count(), 3, "{dump}");
@@ -296,4 +305,49 @@ fn an_address_in_use_is_said_to_be() {
     assert_eq!(output.status.code(), Some(1));
     let said = text(&output.stderr);
     assert!(said.contains(&format!("listening on {address}")), "{said}");
+}
+
+#[test]
+fn top_prints_one_frame_of_a_server_and_says_when_there_is_none() {
+    let mut serving = serve(&["--set", "metrics.listen=off"]);
+    let address = serving.address.to_string();
+    let client = Client::connect(serving.address, &ClientOptions::default()).unwrap();
+    let generation = endless(&client);
+    let frame = run(&["top", "--connect", &address, "--once", "--interval", "0.2"]);
+    assert!(frame.status.success(), "{}", text(&frame.stderr));
+    let shown = text(&frame.stdout);
+    for part in ["front", "queue", "batch", "running 1", "KV", "device", "egress", "TTFT", "λ"] {
+        assert!(shown.contains(part), "{part:?} is not in: {shown}");
+    }
+    drop(generation);
+    // What is no terminal is not drawn on.
+    let no_terminal = run(&["top", "--connect", &address]);
+    assert_eq!(no_terminal.status.code(), Some(2));
+    assert!(text(&no_terminal.stderr).contains("--once"), "{}", text(&no_terminal.stderr));
+    serving.child.kill().unwrap();
+    serving.child.wait().unwrap();
+    let gone = run(&["top", "--connect", &address, "--once"]);
+    assert_eq!(gone.status.code(), Some(1));
+    assert!(text(&gone.stderr).contains(&address), "{}", text(&gone.stderr));
+}
+
+#[test]
+fn a_metrics_address_that_was_asked_for_and_is_in_use_is_an_error() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let metrics = format!("metrics.listen={address}");
+    let output =
+        run(&[&["serve", "--listen", "127.0.0.1:0", "--set", &metrics], &SMALL[..]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output.stderr);
+    assert!(said.contains(&format!("listening on {address} for metrics")), "{said}");
+}
+
+#[test]
+fn dump_says_when_a_file_holds_no_dump() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "a log\nof something else\n").unwrap();
+    let output = run(&["dump", file.path().to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("no flight recorder's event"));
 }

@@ -4,6 +4,7 @@
 mod bench;
 
 use bench::{A, Bench, END, Told, Want};
+use forebay::base::board::Tell;
 use forebay::engine::tenants::{Tally, TenantStats};
 use forebay::limits::{Limits, Quota, Quotas};
 use forebay::message::SeqKey;
@@ -58,7 +59,8 @@ fn who_asks_too_often_is_refused_with_the_time_at_which_it_will_be_granted() {
     assert!(is_granted(&mut bench, &of("a")));
     let counters = bench.stats().counters;
     assert_eq!(counters.rejected[RejectReason::TenantRate as usize], 2);
-    let named = bench.stats().named();
+    let mut named = Vec::new();
+    bench.stats().tell(|number, value| named.push((number.name, value)));
     assert!(named.contains(&("engine_rejected_tenant_rate", 2)), "{named:?}");
     let tally = tally(&bench, "a");
     assert_eq!((tally.requests, tally.refused, tally.live), (5, 2, 3));

@@ -50,6 +50,7 @@ Examples:
   forebay run 'Why is the sky blue?'       one answer
   forebay chat                             a conversation
   forebay bench --concurrency 32           throughput and latency under load
+  forebay top                              what a server is doing, live
 
 Settings come from the file of --config, then from the environment (kv.pool_bytes is
 FOREBAY_KV_POOL_BYTES there), then from flags; the last one counts. `forebay check` without a
@@ -84,11 +85,67 @@ pub enum Command {
     /// Show a policy at work: the same load with it off, then on.
     #[command(after_help = DEMO_HELP)]
     Demo(Demo),
+    /// Watch a server: the pressure on every link of its pipeline, rates, times, refusals.
+    #[command(after_help = TOP_HELP)]
+    Top(Top),
+    /// Read a dump of the flight recorders (SIGUSR1, a panic or a stall writes one), filtered.
+    #[command(after_help = DUMP_HELP)]
+    Dump(Dump),
     /// Show which CPU would do what, and how much memory it would take at most.
     Plan(Plan),
     /// Say what is wrong in a configuration, all at once, or print the settings in force.
     #[command(after_help = CHECK_HELP, after_long_help = check_long_help())]
     Check(Check),
+}
+
+const TOP_HELP: &str = "\
+A bar is full at a link's set point; beyond 100 % whoever comes before it waits. Rates and
+percentiles are of the last 10 seconds. q quits.
+
+Examples:
+  forebay top
+  forebay top --connect 127.0.0.1:7171 --interval 0.5
+  forebay top --once               one frame as text, over one interval
+";
+
+/// Arguments of `forebay top`.
+#[derive(Args, Debug)]
+pub struct Top {
+    /// The server's address.
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7070")]
+    pub connect: String,
+    /// Seconds between two looks.
+    #[arg(long, value_name = "S", default_value = "1", value_parser = positive)]
+    pub interval: f64,
+    /// Print one frame as text and end.
+    #[arg(long)]
+    pub once: bool,
+}
+
+const DUMP_HELP: &str = "\
+Examples:
+  forebay dump recorded --seq 3.7               one request's life, on every core
+  forebay dump recorded --core engine --kind preempt --kind 'first token'
+  forebay dump server.log --last 100            out of a log, with other lines between
+";
+
+/// Arguments of `forebay dump`.
+#[derive(Args, Debug)]
+pub struct Dump {
+    /// What runtime.recorder_file names, or a log of standard error; - reads standard input.
+    pub file: PathBuf,
+    /// Only this core's events (front, engine, device); may be repeated.
+    #[arg(long, value_name = "NAME")]
+    pub core: Vec<String>,
+    /// Only what befell this sequence, as SLOT.GENERATION, on the front core too.
+    #[arg(long, value_name = "SEQ")]
+    pub seq: Option<String>,
+    /// Only events of this kind, as the dump names it; may be repeated.
+    #[arg(long, value_name = "KIND")]
+    pub kind: Vec<String>,
+    /// Only the last N of these.
+    #[arg(long, value_name = "N")]
+    pub last: Option<usize>,
 }
 
 /// Arguments of `forebay plan`.

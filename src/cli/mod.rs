@@ -7,6 +7,7 @@ mod backend;
 mod bench;
 mod chat;
 mod demo;
+mod dump;
 mod models;
 mod plan;
 pub mod pull;
@@ -15,6 +16,7 @@ mod serve;
 pub mod server;
 mod settings;
 mod target;
+mod top;
 
 use std::process::ExitCode;
 
@@ -85,6 +87,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Chat(args)) => chat::chat(&args),
         Some(Command::Bench(args)) => bench(&args),
         Some(Command::Demo(args)) => demo::run(&args),
+        Some(Command::Top(args)) => top::top(&args),
+        Some(Command::Dump(args)) => dump::dump(&args),
         None => serve::serve(&args::Settings::default()),
     }
 }

@@ -153,9 +153,10 @@ pub(super) fn envelope(
     Envelope::new(&sizing.limits, &shape, &sizes)
 }
 
-/// Executors and workers, and those that wait for signals and for stalls.
+/// Executors and workers, and those that wait for signals, for stalls and for whoever reads the
+/// metrics (whose page of some 50 KB is within what the allocator may take).
 fn threads(map: &CoreMap) -> u64 {
-    (map.executors.len() + map.workers.len() + 2) as u64
+    (map.executors.len() + map.workers.len() + 3) as u64
 }
 
 /// The core map for a configuration on this machine.

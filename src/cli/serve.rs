@@ -75,6 +75,9 @@ fn report(
     }
     text.push_str(&format!("context      {} tokens\n", sizing.limits.context_max));
     text.push_str(&format!("native       {}", server.address()));
+    if let Some(address) = server.metrics_address() {
+        text.push_str(&format!("\nmetrics      http://{address}/metrics"));
+    }
     if let Some(notice) = plan::context_notice(&config.limits, &sizing.limits, sizing.lowered) {
         tracing::warn!("{notice}");
     }

@@ -10,17 +10,19 @@ use thiserror::Error;
 
 use super::backend::{BackendSizes, Choice};
 use super::plan;
-use crate::base::{Instant, TokenTable};
-use crate::config::Config;
+use crate::base::{Board, Instant, TokenTable};
+use crate::config::{Config, METRICS_DEFAULT};
 use crate::device::{self, Backend, BackendDescription, DeviceCore};
-use crate::engine::stats::StatsBoard;
+use crate::engine::stats::EngineStats;
 use crate::engine::{self, EngineConfig, EngineCore};
 use crate::front::net::{ListenSettings, Net, NetSettings};
-use crate::front::{self, FrontCore, FrontSettings, ModelTokenise};
+use crate::front::{self, FrontCore, FrontSettings, FrontStats, ModelTokenise};
 use crate::limits::{Envelope, Limits, Lowered};
+use crate::message::BLOCK_POSITIONS;
 use crate::model::{ChatTemplate, Gguf, GgufError, ModelConfig, Tokenizer};
 use crate::ports::{DeviceEnds, FrontEnds, connect_device, connect_front};
 use crate::ring::Doorbell;
+use crate::runtime::metrics::{Door as MetricsDoor, Page};
 use crate::runtime::recorder;
 use crate::runtime::stall::{Stall, StallWatch};
 use crate::runtime::topology::{CoreMap, Role};
@@ -182,6 +184,8 @@ pub struct Server {
     life: Arc<Lifecycle>,
     executors: Vec<ExecutorHandle<io::Result<()>>>,
     /// Ends with the server.
+    metrics: Option<MetricsDoor>,
+    /// Ends with the server.
     _watch: Option<StallWatch>,
 }
 
@@ -215,6 +219,9 @@ impl Server {
         let choice = Choice::new(config)?;
         let notes = choice.notes();
         let sizing = Sizing::new(config, &gguf, &model.config, &choice, probe)?;
+        let page =
+            Page { model: name.to_owned(), block_positions: BLOCK_POSITIONS, boards: new_boards() };
+        let metrics = open_metrics(config.metrics.listen, METRICS_DEFAULT, &page)?;
         let device_bell = Doorbell::new();
         let bell = Arc::clone(&device_bell);
         let sizes = sizing.backend(sizing.kv_blocks);
@@ -223,7 +230,7 @@ impl Server {
         drop(gguf);
         let description = backend.description().clone();
         let envelope = plan::envelope(&sizing, &model, &description, path);
-        let (parts, life) = Parts::new(&sizing, model, backend, device_bell)?;
+        let (parts, life) = Parts::new(&sizing, model, backend, device_bell, &page.boards)?;
         let (listening, listened) = mpsc::sync_channel(1);
         let door = Door { flavour, listen: config.server.listen, listening };
         let executors = start_executors(&sizing.map, parts, door, &life)?;
@@ -240,6 +247,7 @@ impl Server {
             envelope,
             life,
             executors,
+            metrics,
             // Without it nothing is watched, which is no reason not to serve.
             _watch: watch.ok(),
         })
@@ -248,6 +256,11 @@ impl Server {
     /// Where clients connect.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where its metrics are read, if anywhere.
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics.as_ref().map(MetricsDoor::address)
     }
 
     /// What runs the steps.
@@ -291,6 +304,35 @@ impl Server {
     /// When it was not a drain that ended it.
     pub fn join(self) -> Result<(), ServerError> {
         join_all(self.executors).map_err(ServerError::machine("serving"))
+    }
+}
+
+/// What the front core and the engine show, in this order.
+fn new_boards() -> Vec<Arc<Board>> {
+    vec![Arc::new(Board::new::<FrontStats>()), Arc::new(Board::new::<EngineStats>())]
+}
+
+/// Opens the door for metrics. That somebody else has the default address is no reason not to
+/// serve: it is that of the first server on a machine. One that was asked for must be had.
+fn open_metrics(
+    listen: Option<SocketAddr>,
+    unasked: SocketAddr,
+    page: &Page,
+) -> Result<Option<MetricsDoor>, ServerError> {
+    let Some(listen) = listen else { return Ok(None) };
+    match MetricsDoor::open(listen, page.clone()) {
+        Ok(door) => Ok(Some(door)),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && listen == unasked => {
+            tracing::warn!(
+                "no metrics: {listen} is in use, by another server perhaps; metrics.listen says \
+                 where else, or off"
+            );
+            Ok(None)
+        }
+        Err(error) => {
+            let what = format!("listening on {listen} for metrics (metrics.listen)");
+            Err(ServerError::Machine { what, error })
+        }
     }
 }
 
@@ -338,12 +380,13 @@ struct FrontPart {
     tokenise: ModelTokenise,
     ends: FrontEnds,
     bell: Arc<Doorbell>,
+    board: Arc<Board>,
 }
 
 struct EnginePart {
     core: EngineCore,
     bell: Arc<Doorbell>,
-    board: Arc<StatsBoard>,
+    board: Arc<Board>,
 }
 
 struct DevicePart {
@@ -365,6 +408,7 @@ impl Parts {
         model: LoadedModel,
         backend: Box<dyn Backend + Send>,
         device_bell: Arc<Doorbell>,
+        boards: &[Arc<Board>],
     ) -> Result<(Parts, Arc<Lifecycle>), ServerError> {
         let limits = &sizing.limits;
         let depth = backend.description().depth;
@@ -378,16 +422,22 @@ impl Parts {
         let core = EngineCore::new(engine_config, tokens, vec![front_port], device_port)
             .map_err(|error| ServerError::Settings(error.to_string()))?;
         recorder::register(&core.recorder());
-        let board = Arc::new(StatsBoard::default());
+        let [front_board, engine_board] = boards else { panic!("a board for each core") };
+        let (front_board, engine_board) = (Arc::clone(front_board), Arc::clone(engine_board));
         let mut settings = FrontSettings::new(limits.clone(), &model.name, vocab);
-        let shown = Arc::clone(&board);
-        settings.stats = Some(Arc::new(move |named| named.extend(shown.read())));
+        settings.stats = Some(Arc::clone(&engine_board));
         let tokenise =
             ModelTokenise::new(model.tokenizer, model.template, vocab, limits.context_max);
         let bells = vec![engine_bell.clone(), front_bell.clone(), device_bell.clone()];
         let parts = Parts {
-            front: Some(FrontPart { settings, tokenise, ends: front_ends, bell: front_bell }),
-            engine: Some(EnginePart { core, bell: engine_bell, board }),
+            front: Some(FrontPart {
+                settings,
+                tokenise,
+                ends: front_ends,
+                bell: front_bell,
+                board: front_board,
+            }),
+            engine: Some(EnginePart { core, bell: engine_bell, board: engine_board }),
             device: Some(DevicePart { backend, ends: device_ends, bell: device_bell }),
         };
         Ok((parts, Lifecycle::new(bells)))
@@ -487,5 +537,26 @@ async fn run_front(
     let _ = door.listening.send(address);
     let core = FrontCore::new(part.settings, Box::new(part.tokenise), part.ends);
     recorder::register(&core.recorder());
-    front::task::run(core, net, part.bell, Arc::clone(life), local).await
+    front::task::run(core, net, part.bell, Arc::clone(life), part.board, local).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_goes_without_metrics_only_where_nobody_asked_for_that_address() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = taken.local_addr().unwrap();
+        let other = SocketAddr::from(([127, 0, 0, 1], 1));
+        let page = Page { model: String::new(), block_positions: 64, boards: new_boards() };
+        assert!(open_metrics(None, address, &page).unwrap().is_none());
+        assert!(open_metrics(Some(address), address, &page).unwrap().is_none());
+        let error = open_metrics(Some(address), other, &page).expect_err("it is in use");
+        let said = error.to_string();
+        assert!(said.contains("metrics.listen") && said.contains(&address.to_string()), "{said}");
+        drop(taken);
+        let door = open_metrics(Some(address), other, &page).unwrap().expect("it is free again");
+        assert_eq!(door.address(), address);
+    }
 }

@@ -8,6 +8,7 @@ use super::pull::{self, Progress};
 use super::server::Server;
 use super::{Failure, serve};
 use crate::client::{Client, ClientOptions};
+use crate::config::METRICS_DEFAULT;
 use crate::runtime::probe;
 
 /// How long a server at the default address has to answer before one is started here: one that
@@ -30,7 +31,8 @@ impl Target {
     /// process, on a free port.
     pub(super) fn find(connect: Option<&str>, settings: &Settings) -> Result<Target, Failure> {
         if let Some(name) = connect {
-            return Target::named(name);
+            let address = resolve(name)?;
+            return Ok(Target { address, name: name.to_owned(), own: None });
         }
         let config = super::settings::load(settings)?.config;
         let listen = config.server.listen;
@@ -42,18 +44,14 @@ impl Target {
         let flavour = serve::choose_flavour(&config, &probe)?;
         let mut config = config;
         config.server.listen.set_port(0);
+        if config.metrics.listen == Some(METRICS_DEFAULT) {
+            // That is for servers; this one is gone in a moment.
+            config.metrics.listen = None;
+        }
         let name = config.model.to_string();
         let server = Server::start_on(&config, &name, &path, flavour, &probe)?;
         let address = server.address();
         Ok(Target { address, name: "in this process".into(), own: Some(server) })
-    }
-
-    fn named(name: &str) -> Result<Target, Failure> {
-        let unusable =
-            |what: String| Failure::Usage(format!("--connect {name:?}: {what}; HOST:PORT"));
-        let mut addresses = name.to_socket_addrs().map_err(|e| unusable(e.to_string()))?;
-        let address = addresses.next().ok_or_else(|| unusable("no address".into()))?;
-        Ok(Target { address, name: name.to_owned(), own: None })
     }
 
     /// Ends the server, if it is one in this process; what is in progress is cancelled.
@@ -64,6 +62,13 @@ impl Target {
         }
         Ok(())
     }
+}
+
+/// The address that `--connect` means.
+pub(super) fn resolve(name: &str) -> Result<SocketAddr, Failure> {
+    let unusable = |what: String| Failure::Usage(format!("--connect {name:?}: {what}; HOST:PORT"));
+    let mut addresses = name.to_socket_addrs().map_err(|e| unusable(e.to_string()))?;
+    addresses.next().ok_or_else(|| unusable("no address".into()))
 }
 
 fn answers(address: SocketAddr) -> bool {

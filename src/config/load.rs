@@ -381,6 +381,7 @@ pub fn describe_settings() -> String {
         let _ = writeln!(text, "      {}", setting.about);
         let rule = match setting.allowed {
             Allowed::LoopbackAddress => "must be IP:PORT on loopback".to_owned(),
+            Allowed::LoopbackAddressOrOff => "must be IP:PORT on loopback, or off".to_owned(),
             allowed => allowed.to_string(),
         };
         let _ = writeln!(text, "      {rule}");

@@ -14,7 +14,7 @@ mod setting;
 mod suggest;
 mod value;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 pub use load::{Flag, Loaded, TomlFile, describe_settings, load};
@@ -40,6 +40,8 @@ pub struct Config {
     pub cuda: Cuda,
     /// How the server ends.
     pub drain: Drain,
+    /// Where it is watched from.
+    pub metrics: Metrics,
     /// The executors.
     pub runtime: Runtime,
 }
@@ -133,6 +135,16 @@ pub struct Drain {
     pub timeout_ms: u64,
 }
 
+/// Where the server is watched from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metrics {
+    /// Address of the metrics page; a loopback address, port 0 for any free port. `None`: nowhere.
+    pub listen: Option<SocketAddr>,
+}
+
+/// Where metrics are read unless told otherwise: OpenTelemetry's port for Prometheus exporters.
+pub const METRICS_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9464);
+
 /// The executors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Runtime {
@@ -163,6 +175,7 @@ impl Default for Config {
             compute: Compute { backend: Backend::Auto, threads: None, isa: Isa::Auto },
             cuda: Cuda { device: 0, memory_percent: 90, graphs: Graphs::On },
             drain: Drain { delay_ms: 0, timeout_ms: 60_000 },
+            metrics: Metrics { listen: Some(METRICS_DEFAULT) },
             runtime: Runtime { io: Io::Auto, recorder_file: None },
         }
     }

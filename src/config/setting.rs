@@ -134,6 +134,16 @@ pub(super) const SETTINGS: &[Setting] = &[
     ),
     choice!("cuda.graphs", cuda.graphs, ["on" => Graphs::On, "off" => Graphs::Off],
         "whether decode steps are recorded once and started as one; off is slower"),
+    Setting {
+        key: "metrics.listen",
+        about: "address of the metrics page (GET /metrics, for Prometheus), or off",
+        allowed: Allowed::LoopbackAddressOrOff,
+        set: |config, value| {
+            config.metrics.listen =
+                if let Value::Address(address) = value { Some(address) } else { None }
+        },
+        get: |config| config.metrics.listen.map_or(Value::Off, Value::Address),
+    },
     choice!("runtime.io", runtime.io,
         ["auto" => Io::Auto, "io_uring" => Io::IoUring, "epoll" => Io::Epoll],
         "how sockets are driven"),

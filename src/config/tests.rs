@@ -289,3 +289,14 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn the_metrics_page_can_be_turned_off_and_is_for_this_machine_alone() {
+    let listen = |value: &str| load(None, [], &[flag("--set", "metrics.listen", value)]);
+    assert_eq!(listen("off").unwrap().config.metrics.listen, None);
+    let address = listen("127.0.0.1:0").unwrap().config.metrics.listen;
+    assert_eq!(address, Some("127.0.0.1:0".parse().unwrap()));
+    assert!(listen("off").unwrap().to_toml().contains("listen = \"off\""));
+    let said = complaint(listen("0.0.0.0:9464"));
+    assert!(said.contains("loopback") && said.contains("off"), "{said}");
+}

@@ -15,6 +15,8 @@ pub(super) enum Value {
     Number(u64),
     /// One of the choices, by its index.
     Choice(usize),
+    /// `off`: not at all.
+    Off,
     /// A socket address.
     Address(SocketAddr),
     /// A model's name.
@@ -45,6 +47,8 @@ pub(super) enum Allowed {
     Choice(&'static [&'static str]),
     /// `IP:PORT`, loopback only.
     LoopbackAddress,
+    /// The same, or `off`.
+    LoopbackAddressOrOff,
     /// A model's name.
     Model,
     /// `stderr`, or a file's path.
@@ -116,7 +120,8 @@ impl Allowed {
             Allowed::Choice(words) => {
                 words.iter().position(|&word| word == text).map(Value::Choice).ok_or_else(wrong)
             }
-            Allowed::LoopbackAddress => {
+            Allowed::LoopbackAddressOrOff if text == "off" => Ok(Value::Off),
+            Allowed::LoopbackAddress | Allowed::LoopbackAddressOrOff => {
                 let address: SocketAddr = text.parse().map_err(|_| wrong())?;
                 if address.ip().is_loopback() { Ok(Value::Address(address)) } else { Err(wrong()) }
             }
@@ -137,6 +142,7 @@ impl Allowed {
     pub(super) fn show(self, value: &Value) -> String {
         match (self, value) {
             (_, Value::Auto) => "\"auto\"".to_owned(),
+            (_, Value::Off) => "\"off\"".to_owned(),
             (Allowed::Choice(words), Value::Choice(index)) => format!("{:?}", words[*index]),
             (
                 Allowed::Number { unit, .. } | Allowed::NumberOrAuto { unit, .. },
@@ -176,6 +182,10 @@ impl fmt::Display for Allowed {
                 "must be IP:PORT with a loopback address (127.0.0.1:7070, [::1]:7070): there are \
                  no keys yet, so whoever reaches the port may use it. Other machines come in \
                  through a tunnel, such as ssh -L",
+            ),
+            Allowed::LoopbackAddressOrOff => f.write_str(
+                "must be IP:PORT with a loopback address (127.0.0.1:9464, [::1]:9464), or off: \
+                 whoever reaches the port may read it",
             ),
             Allowed::Model => f.write_str("must be a model's name"),
             Allowed::Output => write!(f, "must be {STDERR} or a file's path"),

@@ -62,6 +62,7 @@ impl EngineCore {
         self.note(now, Flight::Ask, [stream, class, ask.input_tokens.into()]);
         if let Err((reason, retry_after_ms)) = self.grant(front, ask, now) {
             self.counters.rejected[reason as usize] += 1;
+            self.load.turned_away(1);
             let retry_ms = u64::from(retry_after_ms.unwrap_or(0));
             self.note(now, Flight::Refuse, [stream, reason as u64, retry_ms]);
             self.fronts[front].answer(ask.stream, reason, retry_after_ms);

@@ -16,6 +16,7 @@ use crate::message::Ask;
 use crate::request::{Class, RejectReason};
 
 use super::EngineCore;
+use super::stats::permille;
 
 /// A prompt may take this many times what it takes on an idle engine, whatever the target is.
 const IDLE_TIMES: u64 = 3;
@@ -34,6 +35,8 @@ pub(super) struct Foreseen {
     pub wait_ns: u64,
     /// Its prefill.
     pub prefill_ns: u64,
+    /// Until its first token, corrected by hindsight: what was said at the ask. 0: nothing was.
+    pub ttft_ns: u64,
 }
 
 /// How much longer than foreseen the waits of late were: what the model leaves out (sequences that
@@ -118,6 +121,24 @@ impl Typical {
     }
 }
 
+/// What stands before a newcomer's own prefill.
+struct Wait {
+    /// Until enough answers have ended for it to get a slot.
+    slots_ns: u64,
+    /// Until the prompts before it are computed.
+    backlog_ns: u64,
+    /// What its prefill shares the steps with.
+    beside: StepLoad,
+}
+
+/// See [`EngineCore::outlook`].
+pub(super) struct Outlook {
+    /// Until an ordinary newcomer's own prefill begins.
+    pub wait_ns: u64,
+    /// The prompts before it, of the time that it may wait.
+    pub prefill_permille: u64,
+}
+
 impl EngineCore {
     /// Refuses what would get its first token too late, by the estimate of now; says by how much.
     /// With a place in the calendar the whole target may be used up, without one only its usual
@@ -151,8 +172,21 @@ impl EngineCore {
             Some(allowed) if ttft_ns > allowed => {
                 Err((RejectReason::TtftUnattainable, ttft_ns - allowed))
             }
-            _ => Ok(foreseen),
+            _ => Ok(Foreseen { ttft_ns, ..foreseen }),
         }
+    }
+
+    /// How long the resources of now would keep a newcomer, for whoever watches; fair shares and
+    /// kept places left out.
+    pub(super) fn outlook(&self) -> Outlook {
+        let wait = self.wait_behind(self.ledger.ahead_of(Class::Default), 0);
+        let target_ms = match self.limits.ttft_target_ms {
+            0 => self.limits.queue_ttl_ms,
+            target_ms => target_ms,
+        };
+        let prefill_permille = permille(wait.backlog_ns, target_ms.saturating_mul(MS));
+        let wait_ns = self.hindsight.corrected(wait.slots_ns.max(wait.backlog_ns));
+        Outlook { wait_ns, prefill_permille }
     }
 
     /// What may be foreseen for a prompt of this class, given what part of the target may be;
@@ -183,7 +217,14 @@ impl EngineCore {
     /// The wait for a prompt of this class that comes now, if so many others who are expected were
     /// here before it; and its own prefill.
     fn foreseen(&self, class: Class, tenant: u32, tokens: u32, expected: u32) -> Foreseen {
-        let (ahead, ahead_tokens) = self.ahead_of(class, tenant);
+        let wait = self.wait_behind(self.ahead_of(class, tenant), expected);
+        let wait_ns = wait.slots_ns.max(wait.backlog_ns);
+        let prefill_ns = self.prefill_ns(wait.beside, 0, tokens);
+        Foreseen { wait_ns, prefill_ns, ttft_ns: 0 }
+    }
+
+    /// What stands before somebody with so many requests and prompt tokens ahead.
+    fn wait_behind(&self, (ahead, ahead_tokens): (u32, u64), expected: u32) -> Wait {
         let ahead = u64::from(ahead) + u64::from(expected) + self.batch.waiting.len() as u64;
         let free = self.batch.slots_free().len() as u64;
         let slots_ns = match (ahead + 1).saturating_sub(free) {
@@ -200,13 +241,14 @@ impl EngineCore {
                 left => backlog += left as u64,
             }
         }
-        let backlog_ns = self.prefill_ns(beside, backlog, 0);
-        let wait_ns = slots_ns.max(backlog_ns);
-        Foreseen { wait_ns, prefill_ns: self.prefill_ns(beside, 0, tokens) }
+        Wait { slots_ns, backlog_ns: self.prefill_ns(beside, backlog, 0), beside }
     }
 
     /// A sequence whose wait was foreseen has its first token after `ttft_ns`.
     pub(super) fn observe_ttft(&mut self, foreseen: Foreseen, ttft_ns: u64) {
+        if foreseen.ttft_ns > 0 {
+            self.counters.ttft_foreseen.observe(foreseen.ttft_ns, ttft_ns);
+        }
         self.hindsight.observe(foreseen.wait_ns, ttft_ns.saturating_sub(foreseen.prefill_ns));
     }
 

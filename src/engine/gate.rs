@@ -23,6 +23,7 @@ impl EngineCore {
             self.counters.asks += sum;
             self.counters.gate_refusals += sum;
             self.load.arrived(sum, now);
+            self.load.turned_away(sum);
             for (counted, fresh) in self.counters.rejected.iter_mut().zip(refusals) {
                 *counted += fresh;
             }

@@ -73,7 +73,7 @@ use queue::Queue;
 use record::Flight;
 use scheduler::Batch;
 use sequence::{SequenceTable, State, Terminal, blocks_for};
-use stats::{Counters, EngineStats};
+use stats::{Counters, EngineStats, Histograms, Saturation, permille};
 use stop::Borders;
 use tenants::Tenants;
 
@@ -188,6 +188,7 @@ pub struct EngineCore {
     device: DeviceLink,
     borders: Borders,
     counters: Counters,
+    histograms: Histograms,
 
     /// Asks seen so far: the order within a class.
     arrivals: u64,
@@ -234,7 +235,7 @@ struct DeviceLink {
     idle: Vec<Box<Step>>,
     /// Number of the newest step submitted. The newest completed is the block pool's.
     submitted: u64,
-    /// Since when the oldest step in flight is at work, if any is in flight.
+    /// Since when the oldest step in flight is at work; since when there is none, if there is none.
     since: Instant,
     lost: bool,
 }
@@ -289,6 +290,7 @@ impl EngineCore {
             },
             borders: Borders::default(),
             counters: Counters::default(),
+            histograms: Histograms::default(),
             arrivals: 0,
             expiry: Instant::NEVER,
             blocked_until: Instant::NEVER,
@@ -354,6 +356,7 @@ impl EngineCore {
     /// Where things stand.
     pub fn stats(&self) -> EngineStats {
         let (requests, queued_tokens, queued_bytes) = self.ledger.held();
+        let outlook = self.outlook();
         EngineStats {
             counters: self.counters,
             load: self.load.load(self.ticked),
@@ -372,7 +375,29 @@ impl EngineCore {
             blocks_retiring: self.blocks.retiring() as u32,
             blocks_total: self.blocks.total() as u32,
             steps_in_flight: self.steps_in_flight() as u32,
+            saturation: self.saturation(outlook.prefill_permille),
+            wait_foreseen_ns: outlook.wait_ns,
+            histograms: self.histograms,
             shared_asks: self.tenants.shared_asks,
+        }
+    }
+
+    fn saturation(&self, prefill: u64) -> Saturation {
+        let (limits, batch) = (&self.limits, &self.batch);
+        let (requests, tokens, bytes) = self.ledger.held();
+        let slots = batch.running.len() + batch.waiting.len() + self.queue.len();
+        let (free, total) = (self.blocks.free() as u64, self.blocks.total() as u64);
+        let queue = [
+            permille(requests.into(), limits.queued_requests_max.into()),
+            permille(tokens, limits.queued_tokens_max),
+            permille(bytes, limits.queued_bytes_max),
+        ];
+        Saturation {
+            slots: permille(slots as u64, limits.running_max.into()),
+            kv: permille(total - free, total),
+            queue: queue.into_iter().max().unwrap_or(0),
+            prefill,
+            egress: permille(batch.parked.len() as u64, limits.parked_max.into()),
         }
     }
 
@@ -444,10 +469,12 @@ impl EngineCore {
         self.counters.finished[finish as usize] += 1;
         if self.sequences[index].is_admitted() {
             self.typical.observe(usage.prompt_tokens, usage.output_tokens);
+            self.histograms.ended(&usage, &timings);
             if finish.is_natural() {
                 self.tenants.observe(&self.sequences[index].bill, usage.output_tokens);
             }
         }
+        self.load.left(timings.total_ns);
         let seq = self.sequences.key(index).recorded();
         self.note(now, Flight::Done, [seq, finish as u64, usage.output_tokens.into()]);
         self.end(index, Terminal::Done { finish, usage, timings }, now);
@@ -464,6 +491,7 @@ impl EngineCore {
         debug_assert!(!self.sequences[index].is_admitted(), "admitted is never evicted (I5)");
         self.tenants.refuse(&self.sequences[index].bill);
         self.counters.rejected[reason as usize] += 1;
+        self.load.left(now.ns_since(self.sequences[index].times.arrived));
         let seq = self.sequences.key(index).recorded();
         let retry_ms = u64::from(retry_after_ms.unwrap_or(0));
         self.note(now, Flight::Evict, [seq, reason as u64, retry_ms]);

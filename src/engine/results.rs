@@ -32,13 +32,18 @@ impl EngineCore {
         let ended = |counters: &Counters| counters.finished.iter().sum::<u64>();
         let ended_before = ended(&self.counters);
         self.blocks.complete(step.plan.number);
-        self.device.since = now;
         self.counters.steps_completed += 1;
         self.counters.device_ns += step.result.elapsed_ns;
+        // What the device had the step for and did not work was lost on the way there and back.
+        let had_ns = now.ns_since(self.device.since);
+        self.counters.device_gap_ns += had_ns.saturating_sub(step.result.elapsed_ns);
+        self.device.since = now;
         let (rows, took_ns) = (step.plan.rows.len() as u64, step.result.elapsed_ns);
         self.note(now, Flight::StepFinished, [step.plan.number, rows, took_ns]);
         if step.result.failure.is_none() {
-            self.learn(plan::load(&step.plan), step.result.elapsed_ns);
+            let load = plan::load(&step.plan);
+            self.counters.step_foreseen.observe(self.pace.predict_ns(load), took_ns);
+            self.learn(load, took_ns);
         }
         match step.result.failure {
             None if self.matches_its_plan(step) => {
@@ -94,14 +99,7 @@ impl EngineCore {
         now: Instant,
     ) {
         let token = sample.token;
-        let sequence = &mut self.sequences[index];
-        if sequence.times.first_token.is_none() {
-            sequence.times.first_token = Some(now);
-            let ttft_ns = now.ns_since(sequence.times.arrived);
-            let foreseen = sequence.foreseen;
-            self.observe_ttft(foreseen, ttft_ns);
-            self.note(now, Flight::FirstToken, [sample.seq.recorded(), ttft_ns, 0]);
-        }
+        self.time_token(index, now);
         let sequence = &mut self.sequences[index];
         if self.table.is_end(token) && !sequence.ignore_eos {
             self.finish(index, FinishReason::EndOfText, now);
@@ -140,6 +138,23 @@ impl EngineCore {
             return;
         }
         self.tell(index);
+    }
+
+    /// Notes when a token came.
+    fn time_token(&mut self, index: u32, now: Instant) {
+        let sequence = &mut self.sequences[index];
+        let before = std::mem::replace(&mut sequence.times.last_token, now);
+        if sequence.times.first_token.is_some() {
+            self.histograms.itl.observe(now.ns_since(before));
+            return;
+        }
+        sequence.times.first_token = Some(now);
+        let ttft_ns = now.ns_since(sequence.times.arrived);
+        self.histograms.ttft.observe(ttft_ns);
+        let foreseen = sequence.foreseen;
+        self.observe_ttft(foreseen, ttft_ns);
+        let seq = self.sequences.key(index).recorded();
+        self.note(now, Flight::FirstToken, [seq, ttft_ns, 0]);
     }
 
     /// Nothing of the step was computed: its sequences' KV is not what the engine thinks.

@@ -159,6 +159,7 @@ impl EngineCore {
         let sequence = &mut self.sequences[index];
         let parked_ns = now.ns_since(sequence.times.left_batch);
         sequence.times.parked_ns += parked_ns;
+        sequence.times.last_token = sequence.times.last_token.plus_ns(parked_ns);
         let seq = self.sequences.key(index).recorded();
         self.note(now, Flight::Resume, [seq, parked_ns, 0]);
         self.wait(index, now);
@@ -274,6 +275,8 @@ impl EngineCore {
             sequence.admission = self.batch.admissions;
             sequence.times.admitted = Some(now);
             let waited_ns = now.ns_since(sequence.times.arrived);
+            self.histograms.queue.observe(waited_ns);
+            self.load.admitted(1, now);
             let seq = self.sequences.key(index).recorded();
             self.note(now, Flight::Admit, [seq, waited_ns, 0]);
             self.seat(index);
@@ -332,6 +335,7 @@ impl EngineCore {
         debug_assert!(step.plan.blocks.iter().all(|&b| self.blocks.references(b) > 0));
         debug_assert!(step.plan.blocks.len() * BLOCK_POSITIONS >= step.plan.tokens.len());
         if self.steps_in_flight() == 0 {
+            self.counters.device_idle_ns += now.ns_since(self.device.since);
             self.device.since = now;
         }
         self.device.submitted = step.plan.number;

@@ -89,6 +89,8 @@ pub(super) struct Times {
     pub arrived: Instant,
     pub admitted: Option<Instant>,
     pub first_token: Option<Instant>,
+    /// When its newest token came, moved on by the time that its client kept it parked since.
+    pub last_token: Instant,
     /// Since when it is parked, or waits: meaningful in these two states.
     pub left_batch: Instant,
     pub parked_ns: u64,

@@ -76,6 +76,8 @@ impl RateEstimator {
 pub struct LoadEstimator {
     /// λ: by the clock.
     arrivals: RateEstimator,
+    /// λ effective: likewise.
+    admitted: RateEstimator,
     /// μ: by a clock that runs only while there is work. An idle server is not a slow one.
     service: RateEstimator,
     busy: Instant,
@@ -88,6 +90,8 @@ pub struct LoadEstimator {
 pub struct Load {
     /// λ: jobs that come, per thousand seconds.
     pub arrivals_per_1000_seconds: u64,
+    /// λ effective: jobs let in, per thousand seconds.
+    pub effective_per_1000_seconds: u64,
     /// μ: jobs served per thousand seconds of work; what comes in beyond this queues.
     pub service_per_1000_seconds: u64,
     /// L = λ·W (Little): jobs in the system, in thousandths.
@@ -101,6 +105,7 @@ impl LoadEstimator {
     pub fn new(horizon_ns: u64) -> LoadEstimator {
         LoadEstimator {
             arrivals: RateEstimator::new(horizon_ns),
+            admitted: RateEstimator::new(horizon_ns),
             service: RateEstimator::new(horizon_ns),
             busy: Instant::ZERO,
             sojourn_ns: Mean::default(),
@@ -110,6 +115,11 @@ impl LoadEstimator {
     /// So many jobs came.
     pub fn arrived(&mut self, jobs: u64, now: Instant) {
         self.arrivals.record(jobs, now);
+    }
+
+    /// So many of them were let in.
+    pub fn admitted(&mut self, jobs: u64, now: Instant) {
+        self.admitted.record(jobs, now);
     }
 
     /// The server worked for `busy_ns` and finished `completed` jobs at the end of it (0 is fine).
@@ -127,6 +137,14 @@ impl LoadEstimator {
         self.sojourn_ns.observe(sojourn_ns);
     }
 
+    /// So many jobs were turned away as they came.
+    pub fn turned_away(&mut self, jobs: u64) {
+        // More of them than the mean remembers change nothing any more.
+        for _ in 0..jobs.min(4 * u64::from(Mean::SPAN)) {
+            self.left(0);
+        }
+    }
+
     /// λ, μ and L as of now.
     pub fn load(&self, now: Instant) -> Load {
         let arrivals = self.arrivals.per_ns_at(now);
@@ -134,6 +152,7 @@ impl LoadEstimator {
         let utilisation = if service > 0.0 { arrivals / service } else { 0.0 };
         Load {
             arrivals_per_1000_seconds: to_integer(arrivals * 1e12),
+            effective_per_1000_seconds: self.admitted.per_1000_seconds(now),
             service_per_1000_seconds: to_integer(service * 1e12),
             jobs_milli: to_integer(arrivals * self.sojourn_ns.value * 1e3),
             utilisation_permille: to_integer(utilisation * 1e3),

@@ -7,7 +7,7 @@ use super::ConnId;
 use super::connection::{Action, Connection, Connections, Life};
 use super::pipeline::Pipeline;
 use super::record::Flight;
-use super::settings::{FrontCounters, FrontSettings};
+use super::settings::{FrontCounters, FrontSettings, FrontStats};
 use super::stream::Phase;
 use super::timers::{Timer, Timers};
 use super::tokenise::Tokenise;
@@ -176,6 +176,22 @@ impl FrontCore {
     /// What was seen so far.
     pub fn counters(&self) -> FrontCounters {
         self.counters
+    }
+
+    /// Where it stands.
+    pub fn stats(&self) -> FrontStats {
+        let limits = &self.settings.limits;
+        let connections_open = self.connections.len() as u64;
+        let ingest_bytes = self.pipeline.ingest_bytes;
+        let of = |held: u64, bound: u64| held.saturating_mul(1_000) / bound.max(1);
+        FrontStats {
+            counters: self.counters,
+            connections_open,
+            streams_open: self.pipeline.streams.len() as u64,
+            ingest_bytes,
+            saturation_permille: of(connections_open, limits.connections_max.into())
+                .max(of(ingest_bytes, limits.ingest_bytes_max)),
+        }
     }
 
     /// Its flight recorder, to be read from anywhere.

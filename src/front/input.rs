@@ -9,6 +9,7 @@ use super::events::reject_message;
 use super::record::Flight;
 use super::stream::{Phase, Stream};
 use super::timers::Timer;
+use crate::base::board::Tell;
 use crate::base::{Instant, SlabKey};
 use crate::protocol::{
     BodyError, Capabilities, ClientFrame, ErrorCode, Header, Piece, Prelude, PromptKind,
@@ -165,12 +166,10 @@ impl FrontCore {
     }
 
     fn reply_stats(&mut self, conn: ConnId) -> Result<(), ProtocolError> {
-        let mut stats = self.counters.named().to_vec();
-        stats.push(("front_connections_open", self.connections.len() as u64));
-        stats.push(("front_streams_open", self.pipeline.streams.len() as u64));
-        stats.push(("front_ingest_bytes", self.pipeline.ingest_bytes));
-        if let Some(source) = &self.settings.stats {
-            source(&mut stats);
+        let mut stats = Vec::new();
+        self.stats().tell(|number, value| stats.push(Stat { name: number.name, value }));
+        if let Some(board) = &self.settings.stats {
+            stats.extend(board.read().map(|(number, value)| Stat { name: number.name, value }));
         }
         let connection = self.connections.get_mut(conn).expect("it has input");
         if !connection.has(Capabilities::STATS) {
@@ -180,7 +179,6 @@ impl FrontCore {
                 "STATS was not among the client's capabilities in HELLO",
             ));
         }
-        let stats = stats.iter().map(|&(name, value)| Stat { name, value });
         connection.egress.reply(|out| ServerFrame::encode_stats(out, stats));
         Ok(())
     }

@@ -34,7 +34,7 @@ mod tokenise;
 pub use self::connection::{Action, CloseHow};
 pub use self::core::FrontCore;
 pub use self::model_tokenise::ModelTokenise;
-pub use self::settings::{FrontCounters, FrontSettings, StatsSource};
+pub use self::settings::{FrontCounters, FrontSettings, FrontStats};
 pub use self::tokenise::{ByteTokeniser, SLICE_BYTES, Tokenise, TokeniseJob};
 
 /// A connection as its front core and its net shell know it. After its `Closed` event the id is

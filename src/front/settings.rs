@@ -2,11 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::base::Board;
+use crate::base::board::{Kind, Number, Tell};
 use crate::limits::Limits;
-
-/// More numbers for STATS_REPLY, from elsewhere in the program: appends name and value. Must be
-/// quick and touch nothing but memory.
-pub type StatsSource = Arc<dyn Fn(&mut Vec<(&'static str, u64)>) + Send + Sync>;
 
 /// How a front core is to be.
 #[derive(Clone)]
@@ -26,7 +24,7 @@ pub struct FrontSettings {
     /// A granted request's body must be there by then.
     pub body_timeout_ms: u64,
     /// More numbers for STATS_REPLY.
-    pub stats: Option<StatsSource>,
+    pub stats: Option<Arc<Board>>,
 }
 
 impl FrontSettings {
@@ -86,21 +84,45 @@ pub struct FrontCounters {
     pub sent_bytes: u64,
 }
 
-impl FrontCounters {
-    /// The counters by name.
-    pub fn named(&self) -> [(&'static str, u64); 11] {
-        [
-            ("front_connections_accepted", self.connections_accepted),
-            ("front_connections_failed", self.connections_failed),
-            ("front_requests", self.requests),
-            ("front_requests_refused", self.requests_refused),
-            ("front_requests_rejected", self.requests_rejected),
-            ("front_requests_abandoned", self.requests_abandoned),
-            ("front_requests_done", self.requests_done),
-            ("front_prompt_tokens", self.prompt_tokens),
-            ("front_output_tokens", self.output_tokens),
-            ("front_received_bytes", self.received_bytes),
-            ("front_sent_bytes", self.sent_bytes),
-        ]
+/// A front core's counters, and where it stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FrontStats {
+    /// Counted since the start.
+    pub counters: FrontCounters,
+    /// Connections that are open.
+    pub connections_open: u64,
+    /// Streams that are open.
+    pub streams_open: u64,
+    /// Bytes of request bodies held.
+    pub ingest_bytes: u64,
+    /// The fuller one of two bounds, connections and request bodies, in thousandths.
+    pub saturation_permille: u64,
+}
+
+impl Tell for FrontStats {
+    fn tell(&self, mut put: impl FnMut(Number, u64)) {
+        let counters = &self.counters;
+        let mut count = |name, value, help| put(Number { name, kind: Kind::Counter, help }, value);
+        count("front_connections_accepted", counters.connections_accepted, "connections accepted");
+        let failed = "connections that broke the protocol or let a time-out pass";
+        count("front_connections_failed", counters.connections_failed, failed);
+        count("front_requests", counters.requests, "REQUEST frames");
+        let refused = "requests refused before the engine was asked or after its grant";
+        count("front_requests_refused", counters.requests_refused, refused);
+        let rejected = "requests refused or evicted by the engine, or at its gate";
+        count("front_requests_rejected", counters.requests_rejected, rejected);
+        let abandoned = "requests whose client went away before their end";
+        count("front_requests_abandoned", counters.requests_abandoned, abandoned);
+        count("front_requests_done", counters.requests_done, "requests that ended with DONE");
+        count("front_prompt_tokens", counters.prompt_tokens, "prompt tokens submitted");
+        count("front_output_tokens", counters.output_tokens, "output tokens framed");
+        count("front_received_bytes", counters.received_bytes, "bytes received");
+        count("front_sent_bytes", counters.sent_bytes, "bytes that the kernel took");
+        let mut gauge = |name, value, help| put(Number { name, kind: Kind::Gauge, help }, value);
+        gauge("front_connections_open", self.connections_open, "connections that are open");
+        gauge("front_streams_open", self.streams_open, "streams that are open");
+        gauge("front_ingest_bytes", self.ingest_bytes, "bytes of request bodies held");
+        let saturation = "the fuller one of two bounds: connections, bytes of request bodies";
+        gauge("front_saturation_permille", self.saturation_permille, saturation);
     }
 }

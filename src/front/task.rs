@@ -4,13 +4,14 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::base::Instant;
+use crate::base::{Board, Instant};
 use crate::front::net::{Close, Net, NetEvent};
 use crate::front::{Action, CloseHow, FrontCore};
 use crate::ring::Doorbell;
 use crate::runtime::{Lifecycle, Local};
 
-/// Runs until the server has drained, or its time for that is over.
+/// Runs until the server has drained, or its time for that is over. Shows where it stands on
+/// `board`.
 ///
 /// # Errors
 /// The kernel's, when the sockets cannot be driven any more.
@@ -19,6 +20,7 @@ pub async fn run(
     mut net: Net,
     bell: Arc<Doorbell>,
     life: Arc<Lifecycle>,
+    board: Arc<Board>,
     local: Local,
 ) -> io::Result<()> {
     net.submit()?;
@@ -35,6 +37,7 @@ pub async fn run(
         }
         net.submit()?;
         if busy {
+            board.show(&core.stats());
             local.yield_now().await;
             continue;
         }

@@ -5,6 +5,7 @@
 //! - [`mod@probe`]: at start, what this machine and its container allow, and what a denial costs;
 //! - [`topology`]: which role runs on which CPU;
 //! - [`executor`]: one thread, one executor: glommio, or an epoll loop where io_uring is denied;
+//! - [`metrics`]: the page for Prometheus and its door;
 //! - [`clock`], [`sched`], [`shutdown`], [`stall`], [`recorder`]: see there.
 
 pub mod clock;
@@ -12,6 +13,7 @@ mod epoll_loop;
 pub mod executor;
 mod gate;
 pub mod lifecycle;
+pub mod metrics;
 mod poll_ring;
 pub mod probe;
 pub mod recorder;

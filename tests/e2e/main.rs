@@ -6,4 +6,5 @@ mod backpressure;
 mod common;
 mod ends;
 mod rig;
+mod seen;
 mod wire;

@@ -32,6 +32,7 @@ impl Rig {
     pub fn start_with(flavour: Flavour, tweak: impl FnOnce(&mut Config)) -> Rig {
         let mut config = Config::default();
         config.server.listen = "127.0.0.1:0".parse().unwrap();
+        config.metrics.listen = None;
         config.kv.pool_bytes = Some(384 << 20);
         // A slow or busy machine must neither refuse nor evict what these tests ask for.
         config.limits.ttft_target_ms = 0;
