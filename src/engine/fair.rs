@@ -20,7 +20,7 @@
 //!    it was last picked or lifted*: at that moment it stood at the floor, and that has not fallen.
 //!    Since then it was served the prompt of that pick, if it was one, and the output of the
 //!    sequences it had admitted. With sequences of at most L tokens and A admitted that is less
-//!    than [`Shares::served_max`]: U = (L + 2 A L) / weight.
+//!    than `Shares::served_max`: U = (L + 2 A L) / weight.
 //!
 //! So of two tenants f and g backlogged in the class, by 2 and 1, `f - g <= U_f`, and by symmetry
 //! their counters are never further apart than the greater of U_f and U_g. Over any time in which
