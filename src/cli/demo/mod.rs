@@ -2,7 +2,7 @@
 //!
 //! A demo serves the same load twice and compares the two sides of that one run, with wide margins:
 //! how fast the machine is does not matter, and neither do its neighbours much. When the effect is
-//! absent it says so and fails.
+//! absent twice it says so and fails.
 
 mod admission;
 mod batch;
@@ -62,9 +62,7 @@ pub(super) fn run(args: &args::Demo) -> Result<(), Failure> {
     let mut absent = Vec::new();
     for demo in chosen {
         models::print(&format!("{}: {}", demo.name, demo.about))?;
-        let verdict = (demo.run)(&stage)?;
-        models::print(&table(demo, &verdict))?;
-        if !verdict.holds {
+        if !play(demo, &stage)? && !play(demo, &stage)? {
             absent.push(demo.name);
         }
     }
@@ -72,6 +70,14 @@ pub(super) fn run(args: &args::Demo) -> Result<(), Failure> {
         [] => Ok(()),
         _ => Err(Failure::Runtime(format!("the effect is absent: {}", absent.join(", ")))),
     }
+}
+
+/// Plays it and shows what came of it. An effect that is absent is looked for once more: for ten
+/// seconds a neighbour can have most of the machine.
+fn play(demo: &Demo, stage: &Stage) -> Result<bool, Failure> {
+    let verdict = (demo.run)(stage)?;
+    models::print(&table(demo, &verdict))?;
+    Ok(verdict.holds)
 }
 
 fn find(name: &str) -> Result<&'static Demo, Failure> {
