@@ -108,3 +108,25 @@ fn before_any_answer_has_ended_the_answers_that_run_are_taken_to_be_as_long_as_t
     let told = answer_to(&mut bench, &want);
     assert!(matches!(told, Told::Reject(RejectReason::TtftUnattainable, Some(_))), "{told:?}");
 }
+
+#[test]
+fn a_short_prompt_behind_a_long_one_shares_its_steps_and_is_not_refused_for_it() {
+    // 16 tokens of prefill a step of a millisecond; 400 tokens before a prompt of 20.
+    let limits = Limits { running_max: 2, step_tokens_max: 16, chunk_tokens_max: 16, ..limits() };
+    let mut bench = Bench::new(&limits, 16);
+    for _ in 0..4 {
+        bench.accepted(&Want::default());
+        bench.steps(A, 9);
+    }
+    let (long, _) = bench.accepted(&Want { prompt: 400, class: Class::Bulk, ..Want::default() });
+    bench.step(A);
+    let (short, _) = bench.accepted(&Want { prompt: 20, ..Want::default() });
+    let mut steps = 0;
+    let first = |told: Vec<Told>| told.iter().any(|told| matches!(told, Told::Tokens(..)));
+    while !first(bench.told(short)) {
+        bench.step(A);
+        steps += 1;
+        assert!(steps <= 5, "half of each step is enough for three");
+    }
+    assert!(!first(bench.told(long)), "it is still in prefill");
+}

@@ -16,6 +16,7 @@ use crate::message::Ask;
 use crate::request::{Class, RejectReason};
 
 use super::EngineCore;
+use super::scheduler::LONG_PREFILL_TOKENS;
 use super::stats::permille;
 
 /// A prompt may take this many times what it takes on an idle engine, whatever the target is.
@@ -179,7 +180,8 @@ impl EngineCore {
     /// How long the resources of now would keep a newcomer, for whoever watches; fair shares and
     /// kept places left out.
     pub(super) fn outlook(&self) -> Outlook {
-        let wait = self.wait_behind(self.ledger.ahead_of(Class::Default), 0);
+        let wait =
+            self.wait_behind(self.ledger.ahead_of(Class::Default), 0, LONG_PREFILL_TOKENS as u32);
         let target_ms = match self.limits.ttft_target_ms {
             0 => self.limits.queue_ttl_ms,
             target_ms => target_ms,
@@ -217,14 +219,14 @@ impl EngineCore {
     /// The wait for a prompt of this class that comes now, if so many others who are expected were
     /// here before it; and its own prefill.
     fn foreseen(&self, class: Class, tenant: u32, tokens: u32, expected: u32) -> Foreseen {
-        let wait = self.wait_behind(self.ahead_of(class, tenant), expected);
+        let wait = self.wait_behind(self.ahead_of(class, tenant), expected, tokens);
         let wait_ns = wait.slots_ns.max(wait.backlog_ns);
         let prefill_ns = self.prefill_ns(wait.beside, 0, tokens);
         Foreseen { wait_ns, prefill_ns, ttft_ns: 0 }
     }
 
-    /// What stands before somebody with so many requests and prompt tokens ahead.
-    fn wait_behind(&self, (ahead, ahead_tokens): (u32, u64), expected: u32) -> Wait {
+    /// What stands before a prompt of `tokens` with so many requests and prompt tokens ahead.
+    fn wait_behind(&self, (ahead, ahead_tokens): (u32, u64), expected: u32, tokens: u32) -> Wait {
         let ahead = u64::from(ahead) + u64::from(expected) + self.batch.waiting.len() as u64;
         let free = self.batch.slots_free().len() as u64;
         let slots_ns = match (ahead + 1).saturating_sub(free) {
@@ -234,13 +236,20 @@ impl EngineCore {
         let mut beside = StepLoad::default();
         let typical_prompt = self.typical.tokens().map_or(0, |(prompt, _)| u64::from(prompt));
         let mut backlog = ahead_tokens + u64::from(expected) * typical_prompt;
+        let mut long = 0;
         for &index in self.batch.running.iter().chain(&self.batch.waiting) {
             let sequence = &self.sequences[index];
             match sequence.tokens_unplanned() {
                 0 | 1 => beside = beside.plus_decode(sequence.kv_planned),
-                left => backlog += left as u64,
+                left @ 2..=LONG_PREFILL_TOKENS => backlog += left as u64,
+                left => long += left as u64,
             }
         }
+        // While shorter ones wait, long prompts take half of every step: as much as they get.
+        backlog += match tokens as usize {
+            0..=LONG_PREFILL_TOKENS => long.min(backlog + u64::from(tokens)),
+            _ => long,
+        };
         Wait { slots_ns, backlog_ns: self.prefill_ns(beside, backlog, 0), beside }
     }
 

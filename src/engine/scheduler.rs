@@ -3,7 +3,8 @@
 //! A step takes the decode rows first (one token each: somebody is waiting for every one of
 //! them), then prefill chunks with what is left of the step's tokens and, when there are decode
 //! rows, of its time (`room.rs`), oldest first. So a long prompt holds up no decode for longer
-//! than the step's target.
+//! than the step's target; and while shorter prompts wait it takes no more than half of a step's
+//! prefill, so that it does not hold up their first tokens either.
 //!
 //! **Precedence** among the admitted is by admission. Who may take blocks from whom is written in
 //! `reclaim.rs`. A running sequence that finds none leaves the batch with what it has, and waits.
@@ -26,6 +27,10 @@ use super::reclaim::{Claim, PREEMPTIONS_MAX};
 use super::record::Flight;
 use super::room::StepRoom;
 use super::sequence::{Sequence, SequenceTable, State};
+
+/// What is left of a prompt is long when it is more than this: about ten steps' prefill on a small
+/// machine with a few streams, half a step's without.
+pub(super) const LONG_PREFILL_TOKENS: usize = 256;
 
 /// The admitted sequences by where they are. No list outgrows its reserved capacity.
 #[derive(Debug)]
@@ -196,6 +201,7 @@ impl EngineCore {
     /// since they entered the batch. Returns whether one of them finds no room in the step: then
     /// nobody younger may take any.
     fn plan_prefills(&mut self, plan: &mut StepPlan, room: &mut StepRoom) -> bool {
+        let others = self.has_short_prefill();
         for at in 0..self.batch.running.len() {
             let index = self.batch.running[at];
             let sequence = &self.sequences[index];
@@ -204,10 +210,21 @@ impl EngineCore {
                 if chunk == 0 {
                     return true;
                 }
+                let is_long = sequence.tokens_unplanned() > LONG_PREFILL_TOKENS;
+                let chunk = if is_long && others { chunk.div_ceil(2) } else { chunk };
                 self.plan_prefill(plan, room, index, chunk);
             }
         }
         false
+    }
+
+    /// Whether prompts that are not long wait for prefill: in the batch, or for a free slot.
+    fn has_short_prefill(&self) -> bool {
+        let is_short = |&index: &u32| {
+            (2..=LONG_PREFILL_TOKENS).contains(&self.sequences[index].tokens_unplanned())
+        };
+        let may_come = self.queue.len() > 0 && !self.batch.slots_free.is_empty();
+        may_come || self.batch.running.iter().any(is_short)
     }
 
     /// Gives free slots to admitted sequences that wait, oldest first. Returns whether one of them
