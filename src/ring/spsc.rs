@@ -12,9 +12,13 @@
 
 #![allow(unsafe_code)]
 
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::error::Error;
 use std::fmt;
 use std::mem::MaybeUninit;
+use std::ops::Deref;
+use std::ptr::{self, NonNull};
+use std::slice;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use crossbeam_utils::CachePadded;
@@ -35,8 +39,7 @@ type Slot<T> = UnsafeCell<MaybeUninit<T>>;
 /// When `capacity` is 0 or above [`CAPACITY_MAX`]: both are a mistake in the program.
 pub fn ring<T: Send>(capacity: usize) -> (Producer<T>, Consumer<T>) {
     assert!((1..=CAPACITY_MAX).contains(&capacity), "a ring cannot hold {capacity} items");
-    let slots: Box<[_]> =
-        (0..capacity.next_power_of_two()).map(|_| UnsafeCell::new(MaybeUninit::uninit())).collect();
+    let slots = Slots::new(capacity.next_power_of_two());
     let shared = Arc::new(Shared {
         head: CachePadded::new(AtomicUsize::new(0)),
         tail: CachePadded::new(AtomicUsize::new(0)),
@@ -55,6 +58,70 @@ pub const fn ring_bytes<T>(capacity: usize) -> usize {
     capacity.next_power_of_two() * size_of::<T>() + size_of::<Shared<T>>() + 2 * size_of::<usize>()
 }
 
+/// The slots' memory. It begins on a line of cache, which a `Box` of slots does not: an item of
+/// half a line would lie in two every other time, and cost two lines on their way to the far side.
+struct Slots<T> {
+    first: NonNull<Slot<T>>,
+    /// A power of two, at least 1.
+    len: usize,
+}
+
+// SAFETY: it owns its slots as a box does; they hold `T` or nothing.
+unsafe impl<T: Send> Send for Slots<T> {}
+
+impl<T> Slots<T> {
+    /// Bytes of a line of cache.
+    const LINE: usize = 64;
+
+    fn new(len: usize) -> Slots<T> {
+        let layout = Slots::<T>::layout(len);
+        let first = match layout.size() {
+            0 => NonNull::dangling(),
+            // SAFETY: the size is not zero. Safe code cannot ask for an alignment that is not a
+            // type's own.
+            _ => NonNull::new(unsafe { alloc(layout) }.cast::<Slot<T>>())
+                .unwrap_or_else(|| handle_alloc_error(layout)),
+        };
+        for at in 0..len {
+            // SAFETY: the layout has room for `len` slots at their alignment, and this one has not
+            // been written before. (A slot's cell may have a state of its own, as loom's has.)
+            unsafe { first.add(at).write(UnsafeCell::new(MaybeUninit::uninit())) };
+        }
+        Slots { first, len }
+    }
+
+    fn layout(len: usize) -> Layout {
+        let slots = Layout::array::<Slot<T>>(len).expect("below CAPACITY_MAX slots");
+        slots.align_to(Slots::<T>::LINE).expect("a small power of two")
+    }
+}
+
+impl<T> Deref for Slots<T> {
+    type Target = [Slot<T>];
+
+    #[inline(always)]
+    fn deref(&self) -> &[Slot<T>] {
+        // SAFETY: `new` made `len` slots there, which live as long as this does; whoever changes
+        // what is in them does so through their cells.
+        unsafe { slice::from_raw_parts(self.first.as_ptr(), self.len) }
+    }
+}
+
+impl<T> Drop for Slots<T> {
+    fn drop(&mut self) {
+        let layout = Slots::<T>::layout(self.len);
+        // SAFETY: `new` wrote `len` slots there, allocated with this very layout unless it is of
+        // size zero; nobody else has them, and they are not used again. Items in them are dropped
+        // by `Shared`, not by their slots.
+        unsafe {
+            ptr::slice_from_raw_parts_mut(self.first.as_ptr(), self.len).drop_in_place();
+            if layout.size() > 0 {
+                dealloc(self.first.as_ptr().cast(), layout);
+            }
+        }
+    }
+}
+
 struct Shared<T> {
     /// Items ever popped, modulo 2^64. Written by the consumer alone.
     /// Range: `tail - capacity ..= tail`; the slots of `head .. tail` hold items.
@@ -64,7 +131,7 @@ struct Shared<T> {
     tail: CachePadded<AtomicUsize>,
     /// Item number i lies in slot `i % slots.len()`. The length is a power of two, so that the
     /// remainder is a mask and stays right when the counters wrap; `slots.len() >= capacity`.
-    slots: Box<[Slot<T>]>,
+    slots: Slots<T>,
     /// How many items may be in the ring at once: at least 1.
     capacity: usize,
     /// Set once, when the producer is dropped; its last `tail` is published before.
