@@ -10,7 +10,8 @@
 //!
 //! Half-open, no more than [`PROBES_MAX`] requests are let in to see. Each time that it opens again
 //! without having been closed it stays open twice as long, up to [`OPEN_MS_MAX`]. A step that hangs
-//! keeps it open for as long as it hangs.
+//! keeps it open for as long as it hangs. A step that succeeds closes it whenever it began: the
+//! device works.
 
 use crate::base::Instant;
 

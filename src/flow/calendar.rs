@@ -237,7 +237,7 @@ impl Calendar {
         if !booking.is_missed {
             self.release(booking);
         }
-        self.shown += (SHOWN_PARTS - self.shown) / SHOWN_OVER;
+        self.shown += (SHOWN_PARTS - self.shown).div_ceil(SHOWN_OVER);
         match is_let_in {
             true => self.counts.kept += 1,
             false => self.counts.broken += 1,
@@ -252,6 +252,13 @@ impl Calendar {
         let Some((at, _)) = own.max_by_key(|(_, booking)| booking.due) else { return };
         let booking = self.bookings.swap_remove(at);
         self.release(booking);
+        // Its next place is counted from those that it still has.
+        let left = self.bookings.iter().filter(|other| other.client == client && !other.is_missed);
+        let last = left.map(|other| other.due).max();
+        let holder = self.holders.iter_mut().find(|holder| holder.client == client);
+        if let Some((holder, last)) = holder.zip(last) {
+            holder.last = last;
+        }
     }
 
     /// How many places are to be kept free of newcomers now.
@@ -279,7 +286,8 @@ impl Calendar {
             if !booking.is_missed && now > booking.due.plus_ms(KEPT_MS) {
                 self.bookings[at].is_missed = true;
                 self.release(booking);
-                self.shown -= self.shown / SHOWN_OVER;
+                // Rounded up, or it would never be nobody.
+                self.shown -= self.shown.div_ceil(SHOWN_OVER);
                 self.counts.missed += 1;
             }
         }
@@ -354,6 +362,18 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_that_was_charged_does_not_put_off_the_next_place() {
+        let mut calendar = Calendar::new();
+        let first = calendar.book(1, 0, 100 * MS, at_ms(0)).unwrap();
+        for _ in 0..100 {
+            calendar.book(1, 0, 100 * MS, at_ms(0));
+            calendar.charge(1);
+        }
+        let next = calendar.book(1, 0, 100 * MS, at_ms(0)).unwrap();
+        assert!(next.ms_since(first) <= 200, "{next:?}");
+    }
+
+    #[test]
     fn a_place_further_ahead_than_the_horizon_is_not_promised() {
         let mut calendar = Calendar::new();
         assert_eq!(calendar.book(1, 30_001 * MS, 0, at_ms(0)), None);
@@ -421,8 +441,8 @@ mod tests {
                 calendar.book(client, 0, 0, now);
             }
         }
-        assert!(faithful.kept_free(now) >= 97);
-        assert!(faithless.kept_free(now) <= 4);
+        assert_eq!(faithful.kept_free(now), 100);
+        assert_eq!(faithless.kept_free(now), 0);
     }
 
     proptest! {
